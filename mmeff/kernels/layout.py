@@ -18,6 +18,8 @@ from typing import Any, NamedTuple, TypeVar, cast
 import torch
 from torch import Tensor
 
+from . import layout_rules
+
 T = TypeVar("T")
 
 # Throughput per visited query-key pair, relative to dense attention. A placeholder: what the gather backend reaches
@@ -69,7 +71,7 @@ class BlockLayout:
 
     def __post_init__(self) -> None:
         for name in ("q_len", "kv_len", "q_block", "kv_block"):
-            _positive_int(name, getattr(self, name), "BlockLayout")
+            layout_rules.positive_int(name, getattr(self, name), "BlockLayout")
         M = self.row_start.shape[0] if self.row_start.ndim == 1 else -1
         wanted: dict[str, tuple[torch.dtype, tuple[int | None, ...]]] = {
             "row_start": (torch.int64, (None,)),
@@ -119,8 +121,8 @@ class BlockLayout:
         Numerics: exact. No tensor of Nq x Nk elements is made.
         """
         who = "BlockLayout.from_block_mask"
-        nQ, nK = _block_counts(who, q_len=q_len, kv_len=kv_len, q_block=q_block, kv_block=kv_block)
-        mask = _mask_4d(who, mask)
+        nQ, nK = layout_rules.block_counts(who, q_len=q_len, kv_len=kv_len, q_block=q_block, kv_block=kv_block)
+        mask = layout_rules.mask_4d(who, mask)
         if mask.shape[2:] != (nQ, nK):
             raise ValueError(
                 f"{who}: mask must be (B|1, H|1, nQ, nK) = (B|1, H|1, {nQ}, {nK}) for q_len={q_len}, kv_len={kv_len}, "
@@ -128,7 +130,7 @@ class BlockLayout:
                 "is ceil(kv_len / kv_block)."
             )
         if not allow_empty_rows:
-            _refuse_empty_rows(who, mask, row="query block", key="key block")
+            layout_rules.refuse_empty_rows(who, mask, row="query block", key="key block")
         B, H = mask.shape[:2]
         flat = mask.reshape(B * H * nQ, nK)
         n_full = flat.sum(-1)
@@ -161,11 +163,11 @@ class BlockLayout:
             come this way.
         """
         who = "BlockLayout.from_dense_mask"
-        mask = _mask_4d(who, mask)
+        mask = layout_rules.mask_4d(who, mask)
         B, H, q_len, kv_len = mask.shape
-        nQ, nK = _block_counts(who, q_len=q_len, kv_len=kv_len, q_block=q_block, kv_block=kv_block)
+        nQ, nK = layout_rules.block_counts(who, q_len=q_len, kv_len=kv_len, q_block=q_block, kv_block=kv_block)
         if not allow_empty_rows:
-            _refuse_empty_rows(who, mask, row="query", key="key")
+            layout_rules.refuse_empty_rows(who, mask, row="query", key="key")
         M = B * H * nQ
         padded = torch.nn.functional.pad(mask, (0, nK * kv_block - kv_len, 0, nQ * q_block - q_len))
         blocks = padded.view(M, q_block, nK, kv_block).transpose(1, 2)
@@ -234,22 +236,27 @@ class BlockLayout:
         return n.cumsum(0) - n
 
     @cached_property
-    def attended_pairs(self) -> int:
-        """Query-key pairs that attend, counted over `shape`, so once for shared batches and heads."""
+    def _counted(self) -> tuple[int, int]:
+        """Attending pairs and queries that attend to nothing, both over `shape`."""
         M, device = self.row_start.shape[0], self.device
         entries = self.entries(torch.arange(M, device=device))
         full_keys = torch.zeros(M, dtype=torch.int64, device=device)
         full_keys.index_add_(0, entries.row[entries.full], self.kv_valid[entries.col[entries.full]])
-        pairs = (full_keys[self.row_of] * self.q_valid).sum()
-        if self.bitmap is not None:
-            rows, cols = entries.row[~entries.full], entries.col[~entries.full]
-            in_sequence = torch.arange(self.kv_block, device=device) < self.kv_valid[cols, None]
-            per_query = (self.bitmap[entries.partial[~entries.full]] & in_sequence[:, None]).sum(-1)
-            # one base row may serve query blocks of different lengths: keep the count for every length
-            by_length = torch.zeros(M, self.q_block + 1, dtype=torch.int64, device=device)
-            by_length[:, 1:].index_add_(0, rows, per_query)
-            pairs = pairs + by_length.cumsum(1)[self.row_of, self.q_valid.expand_as(self.row_of)].sum()
-        return int(pairs)
+        if self.bitmap is None:
+            keys = full_keys[self.row_of]
+            return int((keys * self.q_valid).sum()), int(((keys == 0) * self.q_valid).sum())
+        partial = ~entries.full
+        in_sequence = torch.arange(self.kv_block, device=device) < self.kv_valid[entries.col[partial], None]
+        per_query = (self.bitmap[entries.partial[partial]] & in_sequence[:, None]).sum(-1)
+        keys = full_keys[:, None].repeat(1, self.q_block).index_add_(0, entries.row[partial], per_query)
+        # one base row may serve query blocks of different lengths: sum over every possible length, then pick
+        served = (self.row_of, self.q_valid.expand_as(self.row_of) - 1)
+        return int(keys.cumsum(1)[served].sum()), int((keys == 0).cumsum(1)[served].sum())
+
+    @property
+    def attended_pairs(self) -> int:
+        """Query-key pairs that attend, counted over `shape`, so once for shared batches and heads."""
+        return self._counted[0]
 
     @cached_property
     def visited_blocks(self) -> int:
@@ -271,10 +278,10 @@ class BlockLayout:
         """Whether every query attends to every key, so that the layout is dense attention."""
         return self.attended_pairs == math.prod(self.shape)
 
-    @cached_property
+    @property
     def has_empty_rows(self) -> bool:
-        """Whether some query block visits no key block. Queries masked out by a bitmap are not looked for."""
-        return bool((self.n_visited[self.row_of] == 0).any())
+        """Whether some query attends to no key: its output is 0 and its LSE is -inf."""
+        return self._counted[1] > 0
 
     def predicted_speedup(self, ratio: float | None = None) -> float:
         """Predict the speedup over dense attention: `ratio / block_density`.
@@ -361,7 +368,9 @@ class BlockLayout:
         n_full = torch.bincount(new_row[entries.full], minlength=M)
         n_partial = torch.bincount(new_row[~entries.full], minlength=M)
         n = n_full + n_partial
-        bitmap = None if self.bitmap is None else self.bitmap[entries.partial[order][~full]].transpose(1, 2).contiguous()
+        bitmap = (
+            None if self.bitmap is None else self.bitmap[entries.partial[order][~full]].transpose(1, 2).contiguous()
+        )
         return BlockLayout(
             q_len=self.kv_len,
             kv_len=self.q_len,
@@ -403,76 +412,9 @@ class BlockLayout:
 
         Raises: ValueError naming the first rule that is broken.
         """
-        M, P = self.row_start.shape[0], 0 if self.bitmap is None else self.bitmap.shape[0]
-        counts = torch.minimum(self.n_partial, self.n_full)
-        ends = self.row_start + self.n_visited
-        inside = bool(((self.row_start >= 0) & (ends <= self.col_idx.shape[0])).all())
-        rules: list[tuple[Callable[[], bool], str]] = [
-            (lambda: bool((self.row_of >= 0).all() and (self.row_of < M).all()), f"row_of must lie in [0, {M})"),
-            (lambda: bool((counts >= 0).all()), "n_partial and n_full must be >= 0"),
-            (lambda: inside, f"every list must lie inside col_idx, which holds {self.col_idx.shape[0]} entries"),
-            (lambda: int(self.n_partial.sum()) == P, f"bitmap must hold one slab per partial entry, it holds {P}"),
-            (self._columns_in_range, f"col_idx must lie in [0, {self.nK}) wherever a list reads it"),
-            (self._columns_ascend, "col_idx must ascend strictly within the partial and within the full entries"),
-            (self._columns_disjoint, "a key block must not be both partial and full in one row"),
-        ]
-        for holds, rule in rules:
-            if not holds():
-                raise ValueError(f"{self.__class__.__name__} of shape {self.shape}: {rule}.")
-
-    def _columns_in_range(self) -> bool:
-        col = self.entries(torch.arange(self.row_start.shape[0], device=self.device)).col
-        return bool(((col >= 0) & (col < self.nK)).all())
-
-    def _columns_ascend(self) -> bool:
-        entries = self.entries(torch.arange(self.row_start.shape[0], device=self.device))
-        same_list = (entries.row[1:] == entries.row[:-1]) & (entries.full[1:] == entries.full[:-1])
-        return bool((entries.col[1:] > entries.col[:-1])[same_list].all())
-
-    def _columns_disjoint(self) -> bool:
-        entries = self.entries(torch.arange(self.row_start.shape[0], device=self.device))
-        return torch.unique(entries.row * self.nK + entries.col).shape[0] == entries.col.shape[0]
+        layout_rules.check_lists(self)
 
 
 def _valid_counts(length: int, block: int, device: torch.device) -> Tensor:
     starts = torch.arange(0, length, block, device=device)
     return (length - starts).clamp(max=block)
-
-
-def _positive_int(name: str, value: object, who: str) -> None:
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"{who}: {name} must be an int (tokens), got {type(value).__name__} {value!r}; pass a number.")
-    if value < 1:
-        raise ValueError(f"{who}: {name} must be >= 1 token, got {value}; leave out sequences that have no tokens.")
-
-
-def _block_counts(who: str, *, q_len: int, kv_len: int, q_block: int, kv_block: int) -> tuple[int, int]:
-    for name, value in (("q_len", q_len), ("kv_len", kv_len), ("q_block", q_block), ("kv_block", kv_block)):
-        _positive_int(name, value, who)
-    return -(-q_len // q_block), -(-kv_len // kv_block)
-
-
-def _mask_4d(who: str, mask: Tensor) -> Tensor:
-    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-        got = f"a {mask.dtype} tensor" if isinstance(mask, Tensor) else type(mask).__name__
-        raise TypeError(f"{who}: mask must be a bool tensor where True attends, got {got}; compare it, e.g. mask > 0.")
-    if mask.ndim == 2:
-        mask = mask[None, None]
-    if mask.ndim != 4 or 0 in mask.shape[:2]:
-        raise ValueError(
-            f"{who}: mask must have 4 dimensions (batch or 1, heads or 1, queries, keys) or 2 (queries, keys), got "
-            f"shape {tuple(mask.shape)}; add leading dimensions of size 1 to share it over the batch and the heads."
-        )
-    return mask
-
-
-def _refuse_empty_rows(who: str, mask: Tensor, *, row: str, key: str) -> None:
-    empty = ~mask.any(-1)
-    n_empty = int(empty.sum())
-    if n_empty:
-        b, h, i = empty.nonzero()[0].tolist()
-        raise ValueError(
-            f"{who}: every {row} must attend to at least one {key}, but (b={b}, h={h}, row={i}) attends to none "
-            f"({n_empty} of {empty.numel()} rows are empty); give each row a {key} (methods force the diagonal), or "
-            "pass allow_empty_rows=True, which makes such rows give output 0 and log-sum-exp -inf."
-        )

@@ -1,0 +1,121 @@
+"""The tiny VLM: a stock `LlavaForConditionalGeneration` of 1.6 M parameters with a word-level tokenizer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from mmeff.tiny import scenes
+
+PATCH = 8
+SIDE = scenes.SIZE // PATCH  # 12 x 12 visual tokens
+VISUAL = SIDE * SIDE
+DIM = 128
+SPECIAL = ("<pad>", "<s>", "</s>", "<unk>", "<image>")
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+    "{% for part in message['content'] %}{% if part['type'] == 'image' %}<image>{% else %}{{ part['text'] }}{% endif %}"
+    "{% endfor %}{% endif %}{% endfor %}"
+)
+
+
+def tokenizer() -> Any:
+    """Word level over the vocabulary of `scenes`; `<s>` is put in front, unknown words become <unk>."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {w: i for i, w in enumerate([*SPECIAL, *scenes.words()])}
+    core = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.Whitespace()
+    core.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    words = PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        padding_side="left",
+        extra_special_tokens={"image_token": "<image>"},
+    )
+    return words
+
+
+def processor() -> Any:
+    """The stock LLaVA processor for 96 x 96 pictures."""
+    from transformers import CLIPImageProcessor, LlavaProcessor
+
+    images = CLIPImageProcessor(
+        size={"shortest_edge": scenes.SIZE},
+        crop_size={"height": scenes.SIZE, "width": scenes.SIZE},
+        image_mean=[0.5] * 3,
+        image_std=[0.5] * 3,
+    )
+    return LlavaProcessor(
+        image_processor=images,
+        tokenizer=tokenizer(),
+        patch_size=PATCH,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+def model() -> Any:
+    """The untrained network: CLIP vision of 4 layers, LLaVA's two-layer projector, Llama of 6 layers."""
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(
+            image_size=scenes.SIZE,
+            patch_size=PATCH,
+            hidden_size=DIM,
+            intermediate_size=2 * DIM,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            projection_dim=DIM,
+        ),
+        text_config=LlamaConfig(
+            vocab_size=64,
+            hidden_size=DIM,
+            intermediate_size=2 * DIM,
+            num_hidden_layers=6,
+            num_attention_heads=4,
+            num_key_value_heads=4,
+            max_position_embeddings=512,
+            bos_token_id=1,
+            eos_token_id=2,
+            pad_token_id=0,
+            tie_word_embeddings=False,
+        ),
+        image_token_id=SPECIAL.index("<image>"),
+        image_seq_length=VISUAL,
+        vision_feature_layer=-2,
+        vision_feature_select_strategy="default",
+        tie_word_embeddings=False,
+    )
+    net = LlavaForConditionalGeneration(config)
+    net.generation_config.pad_token_id = 0
+    net.generation_config.bos_token_id = 1
+    net.generation_config.eos_token_id = 2
+    with torch.no_grad():
+        table = net.model.vision_tower.embeddings.position_embedding.weight
+        table[1:] = _sincos_2d(SIDE, DIM) * 0.5
+    return net
+
+
+def _sincos_2d(side: int, dim: int) -> torch.Tensor:
+    """Fixed 2-D sine-cosine features (side * side, dim); learning places from nothing would take most of the budget."""
+    quarter = dim // 4
+    rates = 1.0 / (30.0 ** (torch.arange(quarter) / quarter))
+    axis = torch.arange(side)[:, None] * rates
+    one = torch.cat([axis.sin(), axis.cos()], dim=1)
+    rows = one[:, None].expand(side, side, -1)
+    columns = one[None].expand(side, side, -1)
+    return torch.cat([rows, columns], dim=-1).reshape(side * side, dim)
+
+
+def pixels(images: Any) -> torch.Tensor:
+    """What the processor makes of pictures (B, 96, 96, 3) in [0, 1]: rounded to bytes, scaled to [-1, 1], (B, 3, 96, 96)."""
+    x = torch.as_tensor(images)
+    return ((x * 255).round() / 127.5 - 1).permute(0, 3, 1, 2).contiguous()
