@@ -27,9 +27,11 @@ class Backend(Generic[P]):
     """One implementation of an operator.
 
     `cost` estimates the time of a problem in units of plain dense attention on the same tensors; auto takes the lowest.
+    inf marks a backend that is not meant to be fast.
     """
 
     name: str
+    summary: str  # what it does, for the table and the record
     why_not: Callable[[P], str | None]
     cost: Callable[[P], float]
     run: Callable[[P], tuple[Tensor, Tensor | None]]
@@ -110,14 +112,16 @@ def judge(backends: Sequence[Backend[P]], problem: P) -> tuple[Verdict, ...]:
     rows = []
     for b in backends:
         refusal = refusals[b.name]
-        reason = _expectation(costs[b.name]) if refusal is None else refusal
+        reason = _expectation(b.summary, costs[b.name]) if refusal is None else refusal
         rows.append(Verdict(b.name, refusal is None, reason, b.name == best))
     return tuple(rows)
 
 
-def _expectation(cost: float) -> str:
-    speedup = 1 / cost if cost > 0 else float("inf")
-    return f"predicted {speedup:.2g}x the speed of plain dense attention"
+def _expectation(summary: str, cost: float) -> str:
+    if cost == float("inf"):
+        return summary
+    speed = 1 / cost if cost > 0 else float("inf")
+    return f"{summary}; predicted {speed:.2g}x the speed of plain dense attention"
 
 
 def choose(operator: str, backends: Sequence[Backend[P]], problem: P, name: str) -> tuple[Backend[P], str]:

@@ -54,7 +54,7 @@ def token_scores(
         # heads of a group lie next to their key head, so that keys are never repeated
         q = (q_rows.to(dtype) * scale).unflatten(2, (Hk, group)).permute(0, 2, 3, 1, 4)  # (B, Hk, group, R, D)
         kt = k.to(dtype).permute(0, 2, 3, 1).contiguous()  # (B, Hk, D, Nk)
-        w: Tensor | None = None if weights is None else _weights_5d(weights.to(dtype), B, Hk, group, R)
+        w = None if weights is None else _weights_5d(weights.to(dtype), B, Hk, group, R)
         total = kt.new_zeros(B, Hk, group, Nk)
         step = max(1, CHUNK_BYTES // (B * H * Nk * dtype.itemsize))
         for start in range(0, R, step):
@@ -86,14 +86,13 @@ def _visible(
     row_positions: Tensor | None, key_mask: Tensor | None, rows: slice, Nk: int, device: torch.device
 ) -> Tensor | None:
     """Return which keys the rows see, broadcastable to (B, Hk, group, rows, Nk) bool, or None for all."""
-    visible = None
-    if row_positions is not None:
-        causal = torch.arange(Nk, device=device) <= row_positions[..., rows, None]  # (rows, Nk) or (B, rows, Nk)
-        visible = causal if causal.ndim == 2 else causal[:, None, None]
-    if key_mask is not None:
-        keys = key_mask[:, None, None, None]
-        visible = keys if visible is None else visible & keys
-    return visible
+    keys = None if key_mask is None else key_mask[:, None, None, None]
+    if row_positions is None:
+        return keys
+    causal = torch.arange(Nk, device=device) <= row_positions[..., rows, None]  # (rows, Nk) or (B, rows, Nk)
+    if causal.ndim == 3:
+        causal = causal[:, None, None]
+    return causal if keys is None else causal & keys
 
 
 def _check(
@@ -118,7 +117,8 @@ def _check(
     if Bk != B or Dk != D or q_rows.dtype != k.dtype or q_rows.device != k.device:
         raise ValueError(
             f"{who}: q_rows and k must agree in batch, head width, dtype and device, got q_rows {q_rows.dtype} "
-            f"{tuple(q_rows.shape)} on {q_rows.device} and k {k.dtype} {tuple(k.shape)} on {k.device}; cast or move one."
+            f"{tuple(q_rows.shape)} on {q_rows.device} and k {k.dtype} {tuple(k.shape)} on {k.device}; "
+            "cast or move one of them."
         )
     if 0 in (B, H, D, Nk, Hk) or H % Hk:
         raise ValueError(
@@ -146,9 +146,9 @@ def _check(
                 f"{who}: weights must be floating-point of shape (R,) = ({R},) or (B|1, H|1, R) = ({B}|1, {H}|1, {R}), "
                 f"got {weights.dtype} {tuple(weights.shape)}; for weights per batch row pass w[:, None]."
             )
-    for name, x in (("row_positions", row_positions), ("key_mask", key_mask), ("weights", weights)):
-        if x is not None and x.device != k.device:
-            raise ValueError(f"{who}: {name} must be on {k.device} like k, got {x.device}; move it there.")
+    for name, given in (("row_positions", row_positions), ("key_mask", key_mask), ("weights", weights)):
+        if given is not None and given.device != k.device:
+            raise ValueError(f"{who}: {name} must be on {k.device} like k, got {given.device}; move it there.")
     if scale is not None and (isinstance(scale, Tensor) or not math.isfinite(scale)):
         raise ValueError(f"{who}: scale must be a finite Python float, got {scale!r}; leave it out for 1/sqrt(D).")
     return B, R, H, D, Nk, Hk

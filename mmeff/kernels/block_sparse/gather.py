@@ -311,4 +311,10 @@ def _cost(problem: Problem) -> float:
     return problem.layout.block_density / PLACEHOLDER_RATIO + CALL_OVERHEAD / problem.multiply_adds
 
 
-BACKEND = Backend(name="gather", why_not=_why_not, cost=_cost, run=run)
+BACKEND = Backend(
+    name="gather",
+    summary="computes the visited blocks only",
+    why_not=_why_not,
+    cost=_cost,
+    run=run,
+)

@@ -95,8 +95,8 @@ def make_problem(
         )
     if H % Hk:
         raise ValueError(
-            f"{who}: the query heads must be a multiple of the key/value heads, got H={H} and Hk={Hk}; pass the k and v "
-            "heads of the model unrepeated, or repeated to H."
+            f"{who}: the query heads must be a multiple of the key/value heads, got H={H} and Hk={Hk}; pass the k "
+            "and v heads of the model unrepeated, or repeated to H."
         )
     if (layout.q_len, layout.kv_len) != (Nq, Nk):
         raise ValueError(

@@ -21,7 +21,7 @@ def run(problem: Problem) -> tuple[Tensor, Tensor | None]:
     mask = None if layout.is_full else layout.derived("dense_mask", BlockLayout.to_dense_mask)
     q, k, v = (x.transpose(1, 2) for x in (problem.q, problem.k, problem.v))
     out = F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, scale=problem.scale, enable_gqa=problem.H != problem.Hk
+        q, k, v, attn_mask=mask, scale=problem.scale, enable_gqa=problem.Hk < problem.H
     )
     return out.transpose(1, 2), None
 
@@ -47,4 +47,10 @@ def _cost(problem: Problem) -> float:
     return 1.0 if problem.layout.is_full else 1 / MASKED_RATIO
 
 
-BACKEND = Backend(name="sdpa", why_not=_why_not, cost=_cost, run=run)
+BACKEND = Backend(
+    name="sdpa",
+    summary="dense attention, masked by the layout unless it is full",
+    why_not=_why_not,
+    cost=_cost,
+    run=run,
+)
