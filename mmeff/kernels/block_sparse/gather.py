@@ -87,7 +87,7 @@ def make_plan(layout: BlockLayout, B: int, H: int, Hk: int) -> Plan:
 
     n, masked = layout.n_visited[base], layout.n_partial[base] > 0
     tail = torch.zeros_like(masked)
-    if layout.kv_len % layout.kv_block:
+    if layout.kv_len % layout.kv_block and layout.col_idx.numel():
         # full entries ascend, so the short last key block can only be the last entry of a row
         last = layout.col_idx[(layout.row_start[base] + n - 1).clamp(min=0)]
         tail = (n > 0) & (last == nK - 1) & ~masked

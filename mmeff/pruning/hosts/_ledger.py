@@ -1,0 +1,104 @@
+"""The ledger of a pruned cache: which original column every cached key belongs to.
+
+After pruning, layers hold different numbers of keys, while the model still makes one attention mask for the full
+length. Each shortened cache layer therefore carries, per row, the original column of every key. Columns behind `seen` were
+never pruned and follow in order, so decoding needs no bookkeeping.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from transformers.cache_utils import DynamicLayer
+
+
+class PrunedLayer(DynamicLayer):
+    """A `DynamicLayer` whose keys are a subset of the columns.
+
+    cols: (B, n) original column of each of the first n keys; valid: (B, n) False for filler that equalises rows; seen: how
+    many columns those n keys stand for. Key n + i is column seen + i. Beam reordering, batch selection, reset and
+    cropping move the ledger with the keys.
+    """
+
+    def __init__(self, attached: Callable[[], bool]) -> None:
+        super().__init__()
+        self.cols: torch.Tensor | None = None
+        self.valid: torch.Tensor | None = None
+        self.seen = 0
+        self.complete = True  # no filler among the keys
+        self._attached = attached
+
+    @classmethod
+    def adopt(cls, layer: DynamicLayer, batch: int, device: torch.device, attached: Callable[[], bool]) -> PrunedLayer:
+        """Take over a plain layer, filled or empty; its keys so far are columns 0, 1, 2, ..."""
+        new = cls(attached)
+        length = layer.get_seq_length()
+        if layer.is_initialized:
+            new.keys, new.values = layer.keys, layer.values
+            new.dtype, new.device, new.is_initialized = layer.dtype, layer.device, True
+        new.cols = torch.arange(length, device=device).expand(batch, -1)
+        new.valid = torch.ones(batch, length, dtype=torch.bool, device=device)
+        new.seen = length
+        return new
+
+    def columns(self, base: int, chunk: torch.Tensor, chunk_valid: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Columns and validity (B, keys) of all keys once a chunk (B, q) that starts at column `base` is appended."""
+        assert self.cols is not None and self.valid is not None
+        between = torch.arange(self.seen, base, device=chunk.device).expand(len(chunk), -1)
+        cols = torch.cat([self.cols, between, chunk], dim=1)
+        valid = torch.cat([self.valid, torch.ones_like(between, dtype=torch.bool), chunk_valid], dim=1)
+        return cols, valid
+
+    def append(
+        self, base: int, chunk: torch.Tensor, chunk_valid: torch.Tensor, logical: int, *, complete: bool
+    ) -> None:
+        """Enter a pruned chunk into the ledger; `logical` is the number of columns seen after it, `complete` says that the
+        chunk holds no filler."""
+        self.cols, self.valid = self.columns(base, chunk, chunk_valid)
+        self.seen = logical
+        self.complete = self.complete and complete
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):  # type: ignore[no-untyped-def]
+        if not self._attached():
+            raise RuntimeError(
+                "this cache was pruned by a handle that has been removed, so its keys no longer line up with the model's "
+                "positions; start again with a new cache, or keep the handle until the conversation ends"
+            )
+        return super().update(key_states, value_states, *args, **kwargs)
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        super().reorder_cache(beam_idx)
+        self._map(lambda x: x.index_select(0, beam_idx.to(x.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        self._map(lambda x: x.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        super().batch_select_indices(indices)
+        self._map(lambda x: x[indices])
+
+    def reset(self) -> None:
+        super().reset()
+        self._map(lambda x: x[:, :0])
+        self.seen = 0
+
+    def crop(self, tokens_to_remove: int) -> None:
+        assert self.cols is not None
+        into_ledger = abs(tokens_to_remove) - (self.get_seq_length() - self.cols.shape[1])
+        if into_ledger > 0:
+            gone = self.cols[:, -into_ledger:]
+            last = torch.arange(self.seen - into_ledger, self.seen, device=gone.device)
+            if not bool((gone == last).all()):
+                raise ValueError(
+                    f"cannot crop {abs(tokens_to_remove)} tokens from a pruned cache: pruned columns lie among them; "
+                    "start again with a new cache"
+                )
+            self._map(lambda x: x[:, :-into_ledger])
+            self.seen -= into_ledger
+        super().crop(tokens_to_remove)
+
+    def _map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        if self.cols is not None and self.valid is not None:
+            self.cols, self.valid = change(self.cols), change(self.valid)
