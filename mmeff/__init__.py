@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from mmeff import errors as errors
 from mmeff.accelerate import accelerate, plan
 from mmeff.handle import Handle
 from mmeff.report import Plan, Report

@@ -55,7 +55,9 @@ class SparseAttention(MethodConfig, ABC):
     dense_steps: int = option(0, "first denoising steps that run dense", unit="steps")
     last_dense_steps: int = option(0, "last denoising steps that run dense", unit="steps")
     dense_layers: int | tuple[int, ...] = option(
-        0, "layers that run dense: a number n means the first n; a list names them, negative ones from the end", unit="layers"
+        0,
+        "layers that run dense: a number n means the first n; a list names them, negative ones from the end",
+        unit="layers",
     )
     backend: Literal["auto", "gather", "native", "triton", "sdpa", "reference"] = option(
         "auto", "kernel backend of the sparse calls; a named one runs or raises, auto takes the fastest"
@@ -67,7 +69,10 @@ class SparseAttention(MethodConfig, ABC):
         self.require(self.last_dense_steps >= 0, "last_dense_steps", "be >= 0 steps")
         if isinstance(self.dense_layers, int):
             self.require(
-                self.dense_layers >= 0, "dense_layers", "be >= 0 layers", "pass a list such as (-1,) to count from the end"
+                self.dense_layers >= 0,
+                "dense_layers",
+                "be >= 0 layers",
+                "pass a list such as (-1,) to count from the end",
             )
 
     # ---------------------------------------------------------------- when

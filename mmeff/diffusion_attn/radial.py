@@ -101,7 +101,7 @@ class Radial(SparseAttention):
     def check_grid(self, grid: Grid, text_len: int = 0) -> None:
         super().check_grid(grid, text_len)
         F, H, W = grid
-        if F * H * W < self.block:
+        if self.block > F * H * W:
             raise ValueError(
                 f"Radial.block must be <= F*H*W = {F}*{H}*{W} = {F * H * W} video tokens for this grid, got {self.block}; "
                 f"pass block={_power_of_two_below(max(F * H * W // 8, 1))}, or run so small a video dense."

@@ -63,7 +63,8 @@ def token_scores(
             visible = _visible(row_positions, key_mask, rows, Nk, k.device)
             if visible is not None:
                 sees = visible.any(-1, keepdim=True)
-                scores = scores.masked_fill(~visible & sees, -torch.inf).masked_fill(~sees, 0.0)
+                # rows that see nothing keep their scores, because a softmax of nothing is NaN, and are blanked below
+                scores = scores.masked_fill(~visible & sees, -torch.inf)
             received = torch.softmax(scores, -1)
             if visible is not None:
                 received = received.masked_fill(~sees, 0.0)

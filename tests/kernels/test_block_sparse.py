@@ -116,10 +116,26 @@ def test_empty_rows_give_zero_and_minus_infinity(backend, with_lse):
     mask[0, 1, 40] = False  # one query of a partial block
     mask[0, 1, 69] = False  # the last query
     layout = BlockLayout.from_dense_mask(mask, q_block=16, kv_block=16, allow_empty_rows=True)
-    check_against_oracle(q, k, v, mask, layout, backend, with_lse)
+    with torch.autograd.set_detect_anomaly(True):  # no NaN on the way either
+        check_against_oracle(q, k, v, mask, layout, backend, with_lse)
     out, lse = block_sparse_attention(q, k, v, layout, backend="gather", return_lse=True)
     assert out[0, 16:32, 0].eq(0).all() and out[0, [40, 69], 1].eq(0).all()
     assert lse[0, 0, 16:32].eq(-torch.inf).all() and lse.isinf().sum() == 18
+
+
+def test_empty_queries_are_zero_even_where_the_dense_kernel_returns_nan(monkeypatch):
+    q, k, v = tensors(1, 32, 32, 2, 2, 24)
+    mask = random_mask(1, 2, 32, 32, 16)
+    mask[0, 1, 20] = False
+    layout = BlockLayout.from_dense_mask(mask, q_block=16, kv_block=16, allow_empty_rows=True)
+    dense = F.scaled_dot_product_attention
+
+    def with_nan(q, k, v, attn_mask=None, **options):
+        out = dense(q, k, v, attn_mask=attn_mask, **options)
+        return out if attn_mask is None else out.masked_fill(~attn_mask.any(-1, keepdim=True), torch.nan)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", with_nan)
+    check_against_oracle(q, k, v, mask, layout, "gather", with_lse=False)
 
 
 def test_a_layout_that_visits_nothing():

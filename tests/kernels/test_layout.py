@@ -256,6 +256,14 @@ def test_to_moves_every_tensor_and_returns_itself_when_there():
     assert {x.device.type for x in vars(moved).values() if isinstance(x, torch.Tensor)} == {"meta"}
 
 
+def test_tables_derived_during_inference_can_be_saved_for_a_backward_pass():
+    layout = hand_built()
+    with torch.inference_mode():
+        first = layout.derived("table", lambda layout: layout.row_of + 1)
+    assert not first.is_inference()
+    assert layout.derived("table", lambda layout: layout.row_of) is first
+
+
 def test_layout_is_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         hand_built().q_len = 3

@@ -74,9 +74,13 @@ def test_rows_that_see_nothing_contribute_zero():
     key_mask = torch.ones(2, 20, dtype=torch.bool)
     key_mask[0, :5] = False  # row 1 of batch 0 sees nothing either
     key_mask[1] = False
-    got = token_scores(q, k, row_positions=positions, key_mask=key_mask)
+    q.requires_grad_()
+    with torch.autograd.set_detect_anomaly(True):  # no NaN on the way either
+        got = token_scores(q, k, row_positions=positions, key_mask=key_mask)
+        got[..., 7].sum().backward()
     torch.testing.assert_close(got.sum(-1), torch.tensor([[1.0, 1.0], [0.0, 0.0]]))
     assert got[1].eq(0).all()
+    assert q.grad[1].eq(0).all() and q.grad[0, :2].eq(0).all() and q.grad[0, 2].ne(0).any()
 
 
 def test_hidden_keys_may_hold_anything():

@@ -106,5 +106,10 @@ def tools() -> Any:
     from types import SimpleNamespace
 
     return SimpleNamespace(
-        llava=random_llava, prompts=prompts, dropped=dropped_columns, Reference=MaskedReference, VISUAL=VISUAL, IMAGE=IMAGE
+        llava=random_llava,
+        prompts=prompts,
+        dropped=dropped_columns,
+        Reference=MaskedReference,
+        VISUAL=VISUAL,
+        IMAGE=IMAGE,
     )

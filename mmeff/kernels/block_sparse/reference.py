@@ -26,8 +26,8 @@ def run(problem: Problem) -> tuple[Tensor, Tensor | None]:
     attends = mask.any(-1, keepdim=True)
 
     scores = torch.einsum("bqhd,bkhd->bhqk", q, k) * problem.scale
-    # a row of nothing but -inf has no softmax and no gradient: give it a finite row here and blank it afterwards
-    scores = scores.masked_fill(~mask & attends, -torch.inf).masked_fill(~attends, 0.0)
+    # a row of nothing but -inf has no softmax and no gradient: leave its scores and blank its results instead
+    scores = scores.masked_fill(~mask & attends, -torch.inf)
     weights = torch.softmax(scores, -1).masked_fill(~attends, 0.0)
     lse = torch.logsumexp(scores, -1).masked_fill(~attends.squeeze(-1), -torch.inf)
     out = torch.einsum("bhqk,bkhd->bqhd", weights, v).to(problem.q.dtype)

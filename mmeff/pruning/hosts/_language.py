@@ -71,9 +71,11 @@ class LanguagePruner:
         """Start a pass. `reason` says why this pass must not prune although it has visual tokens, or is None.
 
         Raises:
-            UnsupportedModel: the pass prunes, and the cache has a fixed size.
+            UnsupportedModel: the prompt has visual tokens, and the cache has a fixed size.
         """
         base = cache.get_seq_length() if cache is not None else 0
+        if visual is not None and cache is not None and self.handle.enabled:
+            self._require_dynamic(cache)
         if visual is None:
             visual = torch.zeros(batch, length, dtype=torch.bool, device=device)
             prunes = False
@@ -81,8 +83,6 @@ class LanguagePruner:
             prunes = reason is None and self.handle.enabled
             if reason is not None and self.handle.enabled:
                 self.handle.recorder.fallback(reason)
-        if prunes and cache is not None:
-            self._require_dynamic(cache)
         self.now = Pass(
             base=base,
             length=length,

@@ -1,0 +1,58 @@
+# Everything is set up from a fresh clone with nothing but python3 (3.11 or newer) and a network that pip can use.
+
+PYTHON ?= python3
+OUT    ?= runs/first
+
+VENV  := .venv
+BIN   := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help venv run test lint format docs train-vlm train-video clean
+
+help: ## print the targets
+	@echo "make <target>, where <target> is one of"
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' Makefile
+
+venv: $(STAMP) ## create .venv with mmeff and its tools, once (about 6 GB)
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	  echo "mmeff needs Python 3.11 or newer, and \`$(PYTHON)\` is: $$($(PYTHON) --version 2>&1)" >&2; \
+	  echo "Install one, or name it: make $(firstword $(MAKECMDGOALS)) PYTHON=/path/to/python3.12" >&2; exit 1; }
+	@echo "Creating $(VENV) with $$($(PYTHON) --version)"
+	@$(PYTHON) -m venv $(VENV) || { \
+	  echo "\`$(PYTHON) -m venv\` failed; on Debian and Ubuntu install the package python3-venv" >&2; exit 1; }
+	@echo "Installing mmeff and everything it needs into $(VENV): about 6 GB, a few minutes, only this once"
+	@$(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check --no-input -c constraints.txt -e ".[dev]"
+	@touch $@
+
+run: $(STAMP) ## compare dense with accelerated models on the tiny models, into runs/first (OUT=...)
+	@$(BIN)/mmeff compare --out $(OUT)
+	@echo "The results are in $(OUT)/"
+
+test: $(STAMP) ## run the tests (ARGS="-k layout" for some of them)
+	@HF_HUB_OFFLINE=1 OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} $(BIN)/python -m pytest $(ARGS)
+
+lint: $(STAMP) ## check style, types and the direction of imports
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(STAMP) ## format the code and sort its imports
+	$(BIN)/ruff check --select I --fix .
+	$(BIN)/ruff format .
+
+docs: $(STAMP) ## write the tables of methods into README.md and docs/methods.md
+	$(BIN)/python docs/make_tables.py
+
+train-vlm: $(STAMP) ## train the tiny vision-language model, resumable, into runs/train-tiny-vlm
+	$(BIN)/mmeff train tiny-vlm --out runs/train-tiny-vlm
+
+train-video: $(STAMP) ## train the tiny video model, resumable, into runs/train-tiny-video
+	$(BIN)/mmeff train tiny-video --out runs/train-tiny-video
+
+clean: ## remove .venv, caches and built packages; runs/ and data/ stay
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	find mmeff tests docs -name __pycache__ -type d -prune -exec rm -rf {} +

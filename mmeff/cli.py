@@ -1,0 +1,497 @@
+"""The command line: `mmeff list | plan | compare | generate | ask | train`.
+
+Every command prints for people, or with `--json` for programs. A method is named as in Python; its fields come from
+`--config file.yaml` and from `--set field=value`, which wins. Exit codes: 0 fine, 1 an error that a message explains, 2 wrong
+usage, 3 a method accelerated nothing, 4 a training missed its gate.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import IntEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+import mmeff
+from mmeff.config import MethodConfig, describe
+from mmeff.errors import MediaError, NothingAccelerated
+
+app = typer.Typer(
+    name="mmeff",
+    help="Faster vision-language models and video diffusion transformers, without retraining, honestly measured.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+)
+out_console = Console()
+err_console = Console(stderr=True)
+
+
+class Exit(IntEnum):
+    """What a command's exit code means."""
+
+    FINE, ERROR, USAGE, IDLE, GATE = range(5)
+
+
+Model = Annotated[str, typer.Option("--model", "-m", help="Folder, hub name, or an embedded model: tiny-video, tiny-vlm.")]
+Methods = Annotated[
+    list[str] | None, typer.Option("--method", help="A method's name, as `mmeff list` shows it. May be repeated.")
+]
+Config = Annotated[
+    list[Path] | None, typer.Option("--config", "-c", help="YAML file with `method:` and fields. May be repeated.")
+]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", "-s", help="field=value for every method that has the field, e.g. --set keep=0.25."),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:1.")]
+Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a finished run in the folder.")]
+
+
+def settings(pairs: list[str] | None) -> dict[str, Any]:
+    """`field=value` pairs, values read as YAML."""
+    import yaml
+
+    fields = {}
+    for pair in pairs or []:
+        name, equals, value = pair.partition("=")
+        if not equals or not name.strip():
+            raise ValueError(f"--set needs field=value, got {pair!r}; for example --set keep=0.25")
+        fields[name.strip()] = yaml.safe_load(value)
+    return fields
+
+
+def chosen(names: list[str] | None, files: list[Path] | None, pairs: list[str] | None, default: str) -> list[MethodConfig]:
+    """The methods that the options name, with `--set` fields applied to those that have them.
+
+    Raises:
+        TypeError: a field that none of the methods has.
+    """
+    from mmeff.registry import build
+
+    configs = [build(path) for path in files or []] + [build(name) for name in names or []]
+    configs = configs or [build(default)]
+    fields = settings(pairs)
+    for field in fields:
+        if not any(field in c.to_dict() for c in configs):
+            configs[0].replace(**{field: fields[field]})  # raises, with near matches
+    return [c.replace(**{k: v for k, v in fields.items() if k in c.to_dict()}) for c in configs]
+
+
+@contextmanager
+def progress(quiet: bool) -> Iterator[Any]:
+    """A progress bar on standard error; yields the callback (what, done, total)."""
+    if quiet:
+        yield lambda what, done, total: None
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=err_console, transient=True) as bar:
+        task = bar.add_task("starting", total=None)
+
+        def tick(what: str, done: int, total: int) -> None:
+            bar.update(task, description=what[:60].ljust(60), completed=done, total=total)
+
+        yield tick
+
+
+def show(value: Any, as_json: bool) -> None:
+    """Print an object with `to_dict` and `str`."""
+    if as_json:
+        from mmeff.evaluation.run_folder import to_plain
+
+        print(json.dumps(to_plain(value.to_dict()), indent=1))
+    else:
+        print(value)
+
+
+@app.command("list")
+def list_methods(as_json: AsJson = False, fields: Annotated[bool, typer.Option("--fields", help="Show every field.")] = False) -> None:
+    """List every method: what it is for, where it comes from, and with --fields what can be set."""
+    from mmeff.registry import broken_plugins
+
+    found = mmeff.methods()
+    if as_json:
+        rows = [
+            {
+                "name": m.name, "class": m.config.__name__, "stage": m.stage, "hosts": list(m.hosts), "summary": m.summary,
+                "source": m.source, "needs_training": m.needs_training, "fields": [vars(f) for f in describe(m.config)],
+            }
+            for m in found
+        ]  # fmt: skip
+        print(json.dumps({"methods": rows, "broken_plugins": broken_plugins()}, indent=1))
+        return
+    table = Table("method", "stage", "hosts", "what it does", "source")
+    for m in found:
+        table.add_row(m.name, m.stage, ", ".join(m.hosts), m.summary, m.source)
+    out_console.print(table)
+    if fields:
+        for m in found:
+            table = Table("field", "default", "type", "unit", "meaning", title=m.name, title_justify="left")
+            for f in describe(m.config):
+                table.add_row(f.name, str(f.default), f.type, f.unit, f.doc)
+            out_console.print(table)
+    for plugin, reason in broken_plugins().items():
+        err_console.print(f"plugin {plugin} could not be loaded: {reason}", style="yellow")
+
+
+@app.command()
+def plan(
+    method: Annotated[str, typer.Argument(help="The method's name.")],
+    model: Model = "",
+    config: Config = None,
+    set_: Settings = None,
+    height: Annotated[int | None, typer.Option(help="Pixels.")] = None,
+    width: Annotated[int | None, typer.Option(help="Pixels.")] = None,
+    frames: Annotated[int | None, typer.Option(help="Frames of the video.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Denoising steps.")] = None,
+    text_tokens: Annotated[int | None, typer.Option(help="Text tokens of the prompt.")] = None,
+    images: Annotated[int | None, typer.Option(help="Images in the prompt.")] = None,
+    batch: Annotated[int | None, typer.Option(help="Rows.")] = None,
+    device: Device = "cpu",
+    dtype: Dtype = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Say what a method would do at given sizes, before anything runs: density, predicted speedup, every fallback."""
+    from mmeff.pipelines.loading import load
+
+    configs = chosen(None if config else [method], config, set_, method)
+    loaded = load(model or _embedded_for(configs[0]), device=device, dtype=dtype)
+    given = {
+        "height": height, "width": width, "num_frames": frames, "num_inference_steps": steps, "text_tokens": text_tokens,
+        "images": images, "batch": batch,
+    }  # fmt: skip
+    if loaded.source == "tiny-video":
+        from mmeff.evaluation.embedded import VIDEO
+
+        given = {k: VIDEO.get(k) if v is None else v for k, v in given.items()}
+    show(mmeff.plan(loaded.model, configs[0], **{k: v for k, v in given.items() if v is not None}), as_json)
+
+
+def _embedded_for(config: MethodConfig) -> str:
+    return "tiny-video" if config.stage == "diffusion_attn" else "tiny-vlm"
+
+
+@app.command()
+def compare(
+    model: Model = "",
+    method: Methods = None,
+    config: Config = None,
+    set_: Settings = None,
+    prompt: Annotated[list[str] | None, typer.Option("--prompt", "-p", help="Prompt, or question about the images.")] = None,
+    image: Annotated[list[Path] | None, typer.Option("--image", "-i", help="jpg or png; may be repeated.")] = None,
+    video: Annotated[Path | None, typer.Option("--video", help="mp4: frames of it are shown to a vision-language model.")] = None,
+    video_frames: Annotated[int, typer.Option(help="Frames taken from --video.")] = 4,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the results.")] = Path("runs/compare"),
+    height: Annotated[int, typer.Option(help="Pixels.")] = 480,
+    width: Annotated[int, typer.Option(help="Pixels.")] = 832,
+    frames: Annotated[int, typer.Option(help="Frames of the video.")] = 81,
+    steps: Annotated[int, typer.Option(help="Denoising steps.")] = 50,
+    guidance: Annotated[float, typer.Option(help="Classifier-free guidance scale.")] = 5.0,
+    new_tokens: Annotated[int, typer.Option(help="Tokens generated at most per answer.")] = 32,
+    seed: Annotated[int, typer.Option(help="Noise seed.")] = 0,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+) -> None:
+    """Dense against fast on the same inputs: videos side by side, answers, quality, and where the time went.
+
+    Without arguments it runs the embedded models on sample inputs. With --model it runs yours:
+
+        mmeff compare -m Wan-AI/Wan2.1-T2V-1.3B-Diffusers --method radial -p "a cat surfing" --set dense_steps=12
+
+        mmeff compare -m llava-hf/llava-1.5-7b-hf --method fastv -i photo.jpg -p "What is in the picture?"
+    """
+    if not any((model, method, config, set_, prompt, image, video)):
+        from mmeff.evaluation import embedded
+
+        with progress(as_json) as tick:
+            results = embedded.run(out, overwrite=overwrite, tick=tick)
+    else:
+        results = [
+            _compare_own(
+                model, method, config, set_, prompt, image, video, video_frames, out, new_tokens, seed, device, dtype,
+                overwrite, as_json,
+                {"height": height, "width": width, "num_frames": frames, "num_inference_steps": steps, "guidance_scale": guidance},
+            )
+        ]  # fmt: skip
+    if as_json:
+        from mmeff.evaluation.run_folder import to_plain
+
+        print(json.dumps(to_plain([r.to_dict() for r in results]), indent=1))
+    else:
+        for result in results:
+            _print_table(result)
+        print(f"results: {out / 'report.html'}")
+    if any(r.idle for r in results):
+        raise typer.Exit(Exit.IDLE)
+
+
+def _compare_own(
+    model: str, method: Any, config: Any, set_: Any, prompt: Any, image: Any, video: Any, video_frames: int, out: Path,
+    new_tokens: int, seed: int, device: str, dtype: str, overwrite: bool, as_json: bool, sizes: dict[str, Any],
+) -> Any:  # fmt: skip
+    from mmeff.evaluation.compare import compare as run
+    from mmeff.pipelines.loading import load
+
+    pictures = _pictures(image, video, video_frames)  # unreadable media must not cost a model load
+    configs = chosen(method, config, set_, "fastv" if pictures else "radial")
+    source = model or _embedded_for(configs[0])
+    loaded = load(source, device=device, dtype=dtype)
+    if not prompt:
+        raise ValueError("compare needs a prompt for this model; pass --prompt")
+    with progress(as_json) as tick:
+        if loaded.kind == "video":
+            if pictures:
+                raise ValueError(f"{source} makes videos from text and takes no --image or --video")
+            if loaded.source == "tiny-video":
+                from mmeff.evaluation.embedded import VIDEO
+
+                sizes = {**VIDEO}
+            return run(loaded.model, configs, prompt, out=out, overwrite=overwrite, tick=tick, seed=seed, **sizes)
+        if not pictures:
+            raise ValueError("the prompt comes without an image: visual tokens are what is pruned; pass --image or --video")
+        inputs = [{"images": pictures, "question": question} for question in prompt]
+        return run(
+            loaded.model, configs, inputs, out=out, processor=loaded.processor, overwrite=overwrite, tick=tick,
+            new_tokens=new_tokens,
+        )  # fmt: skip
+
+
+def _pictures(images: list[Path] | None, video: Path | None, count: int) -> list[Any]:
+    from mmeff.video_io import read, read_image
+
+    pictures = [read_image(path) for path in images or []]
+    if video is not None:
+        from PIL import Image
+
+        clip = read(video, num_frames=count)
+        err_console.print(f"{video}: frames {clip.indices.tolist()} of {clip.backend}")
+        pictures += [Image.fromarray(frame) for frame in clip.frames]
+    return pictures
+
+
+def _print_table(result: Any) -> None:
+    table = Table(*result.columns, title=result.model, caption=result.note or None)
+    for row in result.rows:
+        table.add_row(*("" if c is None else str(c) for c in row))
+    out_console.print(table)
+    for name in result.idle:
+        err_console.print(f"{name} accelerated nothing", style="red")
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Argument(help="What the video shows.")],
+    model: Model = "tiny-video",
+    method: Methods = None,
+    config: Config = None,
+    set_: Settings = None,
+    out: Annotated[Path, typer.Option("--out", "-o", help="The mp4 to write.")] = Path("video.mp4"),
+    height: Annotated[int | None, typer.Option(help="Pixels.")] = None,
+    width: Annotated[int | None, typer.Option(help="Pixels.")] = None,
+    frames: Annotated[int | None, typer.Option(help="Frames of the video.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Denoising steps.")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Classifier-free guidance scale.")] = None,
+    fps: Annotated[int, typer.Option(help="Frames per second of the mp4.")] = 8,
+    seed: Annotated[int, typer.Option(help="Noise seed.")] = 0,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Generate one video, dense or with --method, and print what ran."""
+    import torch
+
+    from mmeff.pipelines.loading import load
+    from mmeff.video_io import write
+
+    if not prompt.strip():
+        raise ValueError("generate needs a prompt that is not empty")
+    configs = chosen(method, config, set_, "radial") if method or config else []
+    if set_ and not configs:
+        raise ValueError("--set has no method to apply to; pass --method or --config")
+    if not out.parent.exists() or not os.access(out.parent, os.W_OK):
+        raise PermissionError(f"cannot write {out}: {out.parent} is missing or not writable; choose another --out")
+    loaded = load(model, device=device, dtype=dtype)
+    if loaded.kind != "video":
+        raise ValueError(f"{model} is a vision-language model and makes no videos; use `mmeff ask`")
+    from mmeff.evaluation.embedded import VIDEO
+
+    given = {"height": height, "width": width, "num_frames": frames, "num_inference_steps": steps, "guidance_scale": guidance}
+    call = {**(VIDEO if loaded.source == "tiny-video" else {}), **{k: v for k, v in given.items() if v is not None}}
+    noise = torch.Generator(device="cpu").manual_seed(seed)
+    reports = []
+    if configs:
+        with mmeff.accelerate(loaded.model, configs) as handles:
+            video = loaded.model(prompt, **call, generator=noise, output_type="np").frames[0]
+            reports = handles.report()
+    else:
+        video = loaded.model(prompt, **call, generator=noise, output_type="np").frames[0]
+    write(out, video, fps=fps)
+    if as_json:
+        from mmeff.evaluation.run_folder import to_plain
+
+        print(json.dumps(to_plain({"video": str(out), "reports": [r.to_dict() for r in reports]}), indent=1))
+    else:
+        for report in reports:
+            print(report)
+        print(f"video: {out}")
+
+
+@app.command()
+def ask(
+    question: Annotated[str, typer.Argument(help="The question.")],
+    image: Annotated[list[Path] | None, typer.Option("--image", "-i", help="jpg or png; may be repeated.")] = None,
+    video: Annotated[Path | None, typer.Option("--video", help="mp4: frames of it are shown to the model.")] = None,
+    video_frames: Annotated[int, typer.Option(help="Frames taken from --video.")] = 4,
+    model: Model = "tiny-vlm",
+    method: Methods = None,
+    config: Config = None,
+    set_: Settings = None,
+    new_tokens: Annotated[int, typer.Option(help="Tokens generated at most.")] = 32,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Ask a vision-language model about images or a video, dense or with --method, and print what ran."""
+    from mmeff.evaluation.questions import answer
+    from mmeff.pipelines.loading import load
+
+    if not question.strip():
+        raise ValueError("ask needs a question that is not empty")
+    pictures = _pictures(image, video, video_frames)
+    if not pictures:
+        raise ValueError("ask needs an image: visual tokens are what is pruned; pass --image photo.jpg or --video clip.mp4")
+    configs = chosen(method, config, set_, "fastv") if method or config else []
+    if set_ and not configs:
+        raise ValueError("--set has no method to apply to; pass --method or --config")
+    loaded = load(model, device=device, dtype=dtype)
+    if loaded.kind != "vlm":
+        raise ValueError(f"{model} is a video pipeline and answers no questions; use `mmeff generate`")
+    reports = []
+    if configs:
+        with mmeff.accelerate(loaded.model, configs) as handles:
+            text = answer(loaded.model, loaded.processor, [pictures], [question], new_tokens=new_tokens)[0]
+            reports = handles.report()
+    else:
+        text = answer(loaded.model, loaded.processor, [pictures], [question], new_tokens=new_tokens)[0]
+    if as_json:
+        from mmeff.evaluation.run_folder import to_plain
+
+        print(json.dumps(to_plain({"answer": text, "reports": [r.to_dict() for r in reports]}), indent=1))
+    else:
+        print(text)
+        for report in reports:
+            print(report)
+
+
+train_app = typer.Typer(help="Train the embedded tiny models again. Runs resume from their folder.", no_args_is_help=True)
+app.add_typer(train_app, name="train")
+Work = Annotated[Path, typer.Option("--work", help="Folder of checkpoints and the log; a run there is resumed.")]
+Seed = Annotated[int, typer.Option(help="Training seed.")]
+
+
+@train_app.command("tiny-vlm")
+def train_tiny_vlm(
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the finished model.")] = Path("runs/tiny-vlm"),
+    work: Work = Path("runs/train-tiny-vlm"),
+    see_steps: Annotated[int | None, typer.Option(help="Steps of stage 1, the vision tower.")] = None,
+    read_steps: Annotated[int | None, typer.Option(help="Steps of stage 2, the language model.")] = None,
+    join_steps: Annotated[int | None, typer.Option(help="Steps of stage 3, everything.")] = None,
+    seed: Seed = 1,
+) -> None:
+    """Train the tiny LLaVA model, run its acceptance gate, write the model folder with its card."""
+    from mmeff.tiny.training import reexec_with_cpu_environment
+
+    reexec_with_cpu_environment()
+    from mmeff.evaluation import gates
+    from mmeff.tiny import train_vlm
+    from mmeff.tiny.export import export_vlm
+
+    budget = {"see_steps": see_steps, "read_steps": read_steps, "join_steps": join_steps}
+    recipe = train_vlm.VlmRecipe(seed=seed, **{k: v for k, v in budget.items() if v is not None})
+    net = train_vlm.train(recipe, work, progress=_print_step)
+    export_vlm(net, out)
+    gate = gates.vlm_gate(out, say=print)
+    gates.seal_vlm(out, recipe, gate)
+    _gate_exit(gate, out)
+
+
+@train_app.command("tiny-video")
+def train_tiny_video(
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the finished model.")] = Path("runs/tiny-video"),
+    work: Work = Path("runs/train-tiny-video"),
+    frame_steps: Annotated[int | None, typer.Option(help="Steps on single frames.")] = None,
+    clip_steps: Annotated[int | None, typer.Option(help="Steps on whole clips.")] = None,
+    seed: Seed = 1,
+) -> None:
+    """Train the tiny Wan model, run its acceptance gate, write the pipeline folder with its card."""
+    from mmeff.tiny.training import reexec_with_cpu_environment
+
+    reexec_with_cpu_environment()
+    from mmeff.evaluation import gates
+    from mmeff.tiny import train_video
+    from mmeff.tiny.export import export_video
+
+    budget = {"frame_steps": frame_steps, "clip_steps": clip_steps}
+    recipe = train_video.VideoRecipe(seed=seed, **{k: v for k, v in budget.items() if v is not None})
+    student = train_video.train(recipe, work, progress=_print_step)
+    export_video(student, out)
+    gate = gates.video_gate(out, say=print)
+    gates.seal_video(out, recipe, gate)
+    _gate_exit(gate, out)
+
+
+def _print_step(step: int, steps: int, row: dict[str, float]) -> None:
+    print(f"step {step}/{steps}  " + "  ".join(f"{k} {v:.4g}" for k, v in row.items()), flush=True)
+
+
+def _gate_exit(gate: dict[str, Any], out: Path) -> None:
+    print(f"gate {'passed' if gate['passed'] else 'MISSED'}; model: {out}")
+    if not gate["passed"]:
+        raise typer.Exit(Exit.GATE)
+
+
+def main() -> None:
+    """Entry point: runs the app; expected errors become one line on standard error and exit code 1."""
+    _quiet_libraries()
+    try:
+        app()
+    except NothingAccelerated as error:
+        err_console.print(f"[red]error:[/red] {error}", soft_wrap=True)
+        sys.exit(Exit.IDLE)
+    except (mmeff.errors.MmeffError, MediaError, ValueError, TypeError, LookupError, OSError) as error:
+        if os.environ.get("MMEFF_TRACEBACK"):
+            raise
+        err_console.print("[red]error:[/red]", str(error), markup=True, highlight=False, soft_wrap=True)
+        err_console.print("MMEFF_TRACEBACK=1 shows where it was raised.", style="dim")
+        sys.exit(Exit.ERROR)
+    except KeyboardInterrupt:
+        err_console.print("stopped")
+        sys.exit(130)
+
+
+def _quiet_libraries() -> None:
+    """Loading bars and deprecation notices of the model libraries drown a command's own output."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    import warnings
+
+    warnings.filterwarnings("ignore", category=FutureWarning, module="diffusers")
+
+
+if __name__ == "__main__":
+    main()

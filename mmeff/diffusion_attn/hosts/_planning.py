@@ -1,0 +1,164 @@
+"""The dry run of a sparse attention: what a schedule and a layout would do to a generation, without running the model."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from mmeff.diffusion_attn._base import Grid, SparseAttention
+from mmeff.handle import describe_model
+from mmeff.kernels import BlockLayout
+from mmeff.report import Plan
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """Multiply-adds of one forward at batch 1: what dense self-attention costs in a layer, and everything else."""
+
+    attention: float  # both products of one layer's self-attention
+    layer: float  # the rest of one layer
+    outside: float  # what is not in any layer
+
+
+@dataclass(kw_only=True)
+class Dimensions:
+    """What a host makes of the sizes a user passed: rows to show and reasons why the run is not what was asked for."""
+
+    grid: Grid
+    text_len: int = 0  # text tokens inside self-attention
+    rows: list[tuple[str, str]] = field(default_factory=list)
+    reasons: list[str] = field(default_factory=list)
+
+
+def check_sizes(**sizes: int) -> None:
+    """Raise TypeError or ValueError unless all are positive ints; names are those of the arguments of `plan`."""
+    for name, value in sizes.items():
+        if type(value) is not int:
+            raise TypeError(f"plan needs {name} as an int, got {value!r} of type {type(value).__name__}")
+        if value < 1:
+            raise ValueError(f"plan needs {name} >= 1, got {value}")
+
+
+def make_plan(
+    model: Any,
+    method: SparseAttention,
+    *,
+    host: str,
+    sizes: Dimensions,
+    num_steps: int,
+    num_layers: int,
+    work: Work,
+) -> Plan:
+    """Combine the sizes, the schedule, the layouts and the work of a forward into a Plan.
+
+    Returns: a Plan whose `density` is the mean over the calls in which the method acts, as in a report, and whose
+        `predicted_speedup` is that of the whole denoising loop: the layouts' predictions weighted by multiply-adds.
+        `layouts["video"]` is the layout of the first layer that the method serves.
+    Raises: ValueError if the schedule names layers that the model does not have.
+    """
+    F, H, W = sizes.grid
+    tokens = F * H * W + sizes.text_len
+    rows, reasons = list(sizes.rows), list(sizes.reasons)
+    rows.append(("grid", f"{F} x {H} x {W} = {F * H * W} video tokens, {sizes.text_len} text tokens in self-attention"))
+    sparse_layers, dense_steps = _schedule(method, num_steps, num_layers)
+    sparse_steps = num_steps - len(dense_steps)
+    rows.append(("dense steps", f"{len(dense_steps)} of {num_steps}{_ranges(dense_steps)}"))
+    dense_layers = sorted(set(range(num_layers)) - set(sparse_layers))
+    rows.append(("dense layers", f"{len(dense_layers)} of {num_layers}{_ranges(dense_layers)}"))
+    rows.append(("sparse layer calls", f"{sparse_steps * len(sparse_layers)} of {num_steps * num_layers}"))
+
+    layouts: dict[int, BlockLayout] = {}
+    try:
+        method.check_grid(sizes.grid, sizes.text_len)
+    except ValueError as error:
+        reasons.append(f"nothing would run: {error}")
+    else:
+        if not (sparse_steps and sparse_layers):
+            reasons.append("the schedule leaves no layer and step to the method")
+        elif method.dynamic:
+            rows.append(("density", "depends on the data, so no speedup is predicted"))
+        else:
+            layouts = _layouts(method, sizes, sparse_layers)
+
+    total = num_steps * (work.outside + num_layers * (work.layer + work.attention))
+    share = num_steps * num_layers * work.attention / total
+    rows.append(("self-attention's share", f"{share:.1%} of the multiply-adds of dense denoising"))
+    density = speedup = None
+    if layouts:
+        density = sum(layout.density for layout in layouts.values()) / len(layouts)
+        blocks = sum(layout.block_density for layout in layouts.values()) / len(layouts)
+        saved = sum(1 - 1 / _factor(layout) for layout in layouts.values()) * work.attention * sparse_steps
+        speedup = total / (total - saved)
+        factor = len(layouts) / sum(1 / _factor(layout) for layout in layouts.values())
+        first = next(iter(layouts.values()))
+        rows.append(("blocks", f"{first.q_block} x {first.kv_block} tokens, {first.nQ} x {first.nK} of them"))
+        rows.append(("density", f"{density:.4f} of the pairs, {blocks:.4f} of the blocks"))
+        rows.append(("layout memory", f"{_bytes(layouts):,} bytes; an N x N mask would take {tokens**2:,}"))
+        rows.append(("predicted attention speedup", f"{factor:.2f}x where sparse"))
+        rows.append(("predicted denoising speedup", f"{speedup:.2f}x"))
+        if all(layout.is_full for layout in layouts.values()):
+            reasons.append("the layout attends to everything, so every call takes the model's own dense attention")
+        elif factor < 1:
+            rows.append(
+                ("note", "dense attention is predicted to be faster here; backend='auto' takes it, with a mask")
+            )
+    return Plan(
+        method=method.to_dict(),
+        model=describe_model(model),
+        host=host,
+        rows=tuple(rows),
+        density=density,
+        predicted_speedup=speedup,
+        fallbacks=tuple(reasons),
+        layouts={"video": next(iter(layouts.values()))} if layouts else {},
+    )
+
+
+def _schedule(method: SparseAttention, num_steps: int, num_layers: int) -> tuple[list[int], list[int]]:
+    """Layers that are not dense by themselves, and steps in which every layer is dense."""
+    dense_layers = method.dense_layer_ids(num_layers)
+    sparse_layers = [layer for layer in range(num_layers) if layer not in dense_layers]
+    dense_steps = [
+        step
+        for step in range(num_steps)
+        if all(
+            method.is_dense(step=step, num_steps=num_steps, layer=layer, num_layers=num_layers)
+            for layer in sparse_layers
+        )
+    ]
+    return sparse_layers, dense_steps
+
+
+def _layouts(method: SparseAttention, sizes: Dimensions, layers: list[int]) -> dict[int, BlockLayout]:
+    """The layout of every given layer; layers that share one share the object."""
+    by_key: dict[Any, BlockLayout] = {}
+    for layer in layers:
+        key = method.layout_key(layer)
+        if key not in by_key:
+            by_key[key] = method.layout(grid=sizes.grid, text_len=sizes.text_len, layer=layer)
+    return {layer: by_key[method.layout_key(layer)] for layer in layers}
+
+
+def _factor(layout: BlockLayout) -> float:
+    return 1.0 if layout.is_full else layout.predicted_speedup()  # a full layout goes to the model's own attention
+
+
+def _bytes(layouts: dict[int, BlockLayout]) -> int:
+    distinct = {id(layout): layout for layout in layouts.values()}.values()
+    values = [getattr(layout, f.name) for layout in distinct for f in dataclasses.fields(layout)]
+    return sum(value.numel() * value.element_size() for value in values if isinstance(value, Tensor))
+
+
+def _ranges(numbers: list[int]) -> str:
+    """` (0-3, 7)` for [0, 1, 2, 3, 7]; nothing for an empty list."""
+    runs: list[list[int]] = []
+    for n in numbers:
+        if runs and n == runs[-1][-1] + 1:
+            runs[-1].append(n)
+        else:
+            runs.append([n])
+    text = ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
+    return f" ({text})" if text else ""

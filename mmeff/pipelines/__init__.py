@@ -1,0 +1,1 @@
+"""Loading models and pipelines by folder or hub name."""

@@ -1,0 +1,108 @@
+"""Load any supported model from a folder or a hub name, the way its own library does.
+
+Weights are safetensors, nothing is unpickled, and no code from a repository runs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from mmeff.errors import UnsupportedModel
+
+Kind = Literal["video", "vlm"]
+EMBEDDED: dict[str, Kind] = {"tiny-video": "video", "tiny-vlm": "vlm"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loaded:
+    """A model ready to use. `kind` is "video" for a diffusers pipeline, "vlm" for a transformers model with a processor."""
+
+    kind: Kind
+    model: Any
+    processor: Any = None
+    source: str = ""
+    note: str = ""
+
+    @property
+    def embedded(self) -> bool:
+        """Whether this is one of the tiny models of this project."""
+        return self.source in EMBEDDED
+
+
+def load(source: str, *, device: str = "auto", dtype: str = "auto") -> Loaded:
+    """Load `tiny-video`, `tiny-vlm`, a local folder, or a hub name.
+
+    Args:
+        source: where the model is.
+        device: "auto" takes CUDA where there is one.
+        dtype: "auto" is bfloat16 on CUDA and float32 elsewhere; or a torch dtype's name.
+    Raises:
+        FileNotFoundError: neither a folder nor a repository that can be reached.
+        UnsupportedModel: a folder without model_index.json or config.json, or a model that its library cannot build.
+    """
+    import torch
+
+    from mmeff import tiny
+
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if source in EMBEDDED:
+        if EMBEDDED[source] == "video":
+            return Loaded(kind="video", model=tiny.video_pipeline(device=device), source=source, note=tiny.NOTE)
+        model, processor = tiny.vlm(device=device)
+        return Loaded(kind="vlm", model=model, processor=processor, source=source, note=tiny.NOTE)
+    kind = _kind(source)
+    chosen = _dtype(dtype, device)
+    if kind == "video":
+        from diffusers import DiffusionPipeline
+
+        pipeline = DiffusionPipeline.from_pretrained(source, torch_dtype=chosen, use_safetensors=True)
+        if Path(source).is_dir() and (Path(source) / "transformer" / "position_table.safetensors").is_file():
+            pipeline = tiny.load_video(source)
+        return Loaded(kind="video", model=pipeline.to(device), source=source)
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    try:
+        model = AutoModelForImageTextToText.from_pretrained(source, dtype=chosen, use_safetensors=True)
+    except ValueError as error:
+        raise UnsupportedModel(f"{source} is not a vision-language model that transformers can build: {error}") from error
+    return Loaded(kind="vlm", model=model.to(device).eval(), processor=AutoProcessor.from_pretrained(source), source=source)
+
+
+def _dtype(name: str, device: str) -> Any:
+    import torch
+
+    if name == "auto":
+        return torch.bfloat16 if device.startswith("cuda") else torch.float32
+    found = getattr(torch, name, None)
+    if not isinstance(found, torch.dtype):
+        raise ValueError(f"dtype must be auto, float32, bfloat16 or float16, got {name!r}")
+    return found
+
+
+def _kind(source: str) -> Kind:
+    folder = Path(source)
+    if folder.is_dir():
+        if (folder / "model_index.json").is_file():
+            return "video"
+        if (folder / "config.json").is_file():
+            return "vlm"
+        raise UnsupportedModel(
+            f"{folder} holds neither model_index.json (a diffusers pipeline) nor config.json (a transformers model)"
+        )
+    if folder.exists() or source.startswith((".", "/", "~")) or source.count("/") != 1:
+        raise FileNotFoundError(
+            f"no model folder at {source}; pass a folder, a hub name such as organisation/model, "
+            f"or one of the embedded models: {', '.join(EMBEDDED)}"
+        )
+    from huggingface_hub import file_exists
+
+    try:
+        return "video" if file_exists(source, "model_index.json") else "vlm"
+    except Exception as error:  # network, authentication or a bad name: all mean that the hub did not give the model
+        raise FileNotFoundError(
+            f"{source} is no folder here, and the hub could not be asked for it ({type(error).__name__}: {error}); "
+            "check the name and the network, or pass a local folder"
+        ) from error

@@ -1,0 +1,66 @@
+"""Small models trained in this project on generated scenes, so that quality can be measured without any download.
+
+They are stock classes: a LLaVA model with its processor, and a Wan pipeline. Their weights lie in `data/` of the repository
+and inside the wheel. They validate code and cost curves; they never say which method is better on a real model.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+NOTE = "a tiny model trained in this project on generated scenes; its figures validate code and do not rank methods"
+
+
+def data_folder() -> Path:
+    """Where the embedded models and sample media lie: inside an installed package, or beside it in a checkout."""
+    package = Path(__file__).resolve().parent.parent
+    for folder in (package / "data", package.parent / "data"):
+        if (folder / "samples").is_dir():
+            return folder
+    raise FileNotFoundError(f"the embedded data is neither in {package / 'data'} nor in {package.parent / 'data'}; reinstall mmeff")
+
+
+def vlm(*, device: str = "cpu", attention: str = "sdpa") -> tuple[Any, Any]:
+    """The embedded LLaVA model in float32 and its processor.
+
+    Args:
+        device: where to put the model. attention: its attention implementation ("sdpa" or "eager").
+    Returns:
+        `(model, processor)` as transformers' `from_pretrained` builds them.
+    """
+    return load_vlm(data_folder() / "tiny-vlm", device=device, attention=attention)
+
+
+def load_vlm(folder: str | Path, *, device: str = "cpu", attention: str = "sdpa") -> tuple[Any, Any]:
+    """A tiny VLM from its folder; see `vlm`."""
+    import torch
+    from transformers import AutoProcessor, LlavaForConditionalGeneration
+
+    model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32, attn_implementation=attention)
+    model.mmeff_note = NOTE
+    return model.to(device).eval(), AutoProcessor.from_pretrained(folder)
+
+
+def video_pipeline(*, device: str = "cpu") -> Any:
+    """The embedded `WanPipeline` in float32: 17 frames of 48 x 48 pixels from prompts such as "a red square moving left".
+
+    Args:
+        device: where to put the pipeline.
+    """
+    return load_video(data_folder() / "tiny-video", device=device)
+
+
+def load_video(folder: str | Path, *, device: str = "cpu") -> Any:
+    """A tiny video pipeline from its folder, with its position table attached; see `video_pipeline`."""
+    import torch
+    from diffusers import WanPipeline
+
+    from mmeff.tiny.video_model import attach_if_present
+
+    pipeline = WanPipeline.from_pretrained(folder, torch_dtype=torch.float32)
+    if not attach_if_present(pipeline, folder):
+        raise FileNotFoundError(f"{folder} holds no transformer/position_table.safetensors; it is not a tiny video model")
+    pipeline.mmeff_note = NOTE
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline.to(device)

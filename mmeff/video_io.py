@@ -1,0 +1,304 @@
+"""Reading and writing of videos and images: the same frames from every decoder, and files that are whole or absent.
+
+`read` chooses the frame indices itself, so that torchcodec, PyAV, decord and OpenCV are asked for the same frames;
+decoders' own samplers disagree. Nothing here is loaded before it is used: importing this module costs no codec library.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fractions import Fraction
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mmeff.errors import BackendUnavailable, MediaError
+from mmeff.video_readers import BACKENDS, choose, diagnose, first_line, missing
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+CONTAINERS = (".mp4", ".mov", ".mkv")  # what H.264 goes into
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Video:
+    """Frames of one video file, and which frames they are.
+
+    Fields: `frames` uint8 (T, H, W, 3), RGB; `timestamps` float64 (T,), seconds since the first frame of the file;
+    `indices` int64 (T,), positions in the file in display order; `fps` mean frames per second of the whole file, not of
+    the sample; `backend` which decoder ran; `path` the file.
+    """
+
+    frames: np.ndarray
+    timestamps: np.ndarray
+    indices: np.ndarray
+    fps: float
+    backend: str
+    path: str
+
+    def __len__(self) -> int:
+        return len(self.frames)
+
+    def __repr__(self) -> str:
+        T, H, W, _ = self.frames.shape
+        return f"<Video {self.path}: {T} frames {W}x{H}, file at {self.fps:g} fps, read by {self.backend}>"
+
+
+# ---------------------------------------------------------------- reading
+
+
+def read(
+    path: str | os.PathLike[str],
+    *,
+    indices: Sequence[int] | None = None,
+    num_frames: int | None = None,
+    fps: float | None = None,
+    backend: str = "auto",
+) -> Video:
+    """Read some frames of a video; all of them when no sampling is given.
+
+    Args:
+        path: a video file.
+        indices: frames to read, in this order, repeats allowed; 0 is the first frame shown.
+        num_frames: that many frames, spread evenly from the first to the last: see `spread`.
+        fps: frames per second to read: see `at_rate`.
+        backend: "torchcodec", "pyav", "decord", "opencv", or "auto" for the first of these that is usable here. A named
+            backend never falls back, and "auto" never tries a second one on a file that the first cannot read.
+    Returns: a `Video`. The pixels of equal indices are the same over backends, up to rounding in the colour conversion.
+    Raises:
+        MediaError: the file is missing, empty, a folder, not decodable, or has no video in it; an index lies outside
+            it.
+        BackendUnavailable: the named backend is not installed, or none is.
+        ValueError: more than one way of sampling, or a value out of range.
+    Numerics: rates are compared as fractions with denominators up to 1001, so 29.97 means 30000/1001.
+    """
+    given = [name for name, v in (("indices", indices), ("num_frames", num_frames), ("fps", fps)) if v is not None]
+    if len(given) > 1:
+        raise ValueError(f"read takes one of indices, num_frames and fps, got {' and '.join(given)}; drop all but one")
+    if num_frames is not None:
+        _positive("num_frames", num_frames, whole=True)
+    if fps is not None:
+        _positive("fps", fps)
+    path = _existing_file(path, "video")
+    name, open_reader = choose(backend)
+    try:
+        reader = open_reader(path)
+        count = reader.count
+        if count < 1:
+            raise MediaError(f"{path} holds no decodable frame; it is truncated or corrupt")
+        first, last = reader.span()
+        rate = (count - 1) / (last - first) if count > 1 and last > first else reader.nominal_fps
+        if indices is not None:
+            chosen = _checked(indices, count, path)
+        elif num_frames is not None:
+            chosen = spread(count, num_frames)
+        elif fps is not None:
+            chosen = at_rate(count, rate, fps)
+        else:
+            chosen = list(range(count))
+        frames, times = reader.get(sorted(set(chosen)))
+    except (MediaError, BackendUnavailable):
+        raise
+    except Exception as error:  # every decoder has its own error types, some none at all; the cause stays attached
+        raise MediaError(f"{path} cannot be read: {diagnose(path, name)} ({name} says: {first_line(error)})") from error
+    where = np.searchsorted(sorted(set(chosen)), chosen)
+    return Video(
+        frames=frames if np.array_equal(where, np.arange(len(frames))) else frames[where],
+        timestamps=(np.asarray(times, dtype=np.float64) - first)[where],
+        indices=np.asarray(chosen, dtype=np.int64),
+        fps=float(rate),
+        backend=name,
+        path=str(path),
+    )
+
+
+def spread(count: int, num_frames: int) -> list[int]:
+    """Return `num_frames` indices spread evenly over `count` frames: i * (count - 1) // (num_frames - 1).
+
+    The first and the last frame are always there, as in `numpy.linspace(0, count - 1, num_frames, dtype=int)`, in exact
+    integers. A single frame is the middle one. Asking for more frames than there are repeats some.
+    """
+    if num_frames == 1:
+        return [(count - 1) // 2]
+    return [i * (count - 1) // (num_frames - 1) for i in range(num_frames)]
+
+
+def at_rate(count: int, native_fps: float, fps: float) -> list[int]:
+    """Return the indices of `count` frames at `native_fps` that are shown at times 0, 1/fps, 2/fps, ...
+
+    Frame i is taken to be shown from i / native_fps on, with the mean rate of the file; where the rate varies, the
+    timestamps of `Video` tell the true times. At or above the native rate every frame is returned once.
+    """
+    step = Fraction(native_fps).limit_denominator(1001) / Fraction(fps).limit_denominator(1001)
+    if step <= 1:
+        return list(range(count))
+    return [int(k * step) for k in range(int((count - 1) / step) + 1)]
+
+
+def backends() -> dict[str, str | None]:
+    """Return every backend with None where it is usable here, else the reason why it is not."""
+    return {name: missing(name) for name in BACKENDS}
+
+
+def _existing_file(path: str | os.PathLike[str], kind: str) -> Path:
+    path = Path(path)
+    if path.is_dir():
+        raise MediaError(f"{path} is a folder, not {'an image' if kind == 'image' else 'a video'}; pass one file of it")
+    if not path.is_file():
+        folder = path.absolute().parent
+        raise MediaError(f"{path} does not exist" + ("" if folder.is_dir() else f", nor does its folder {folder}"))
+    if path.stat().st_size == 0:
+        raise MediaError(f"{path} is empty (0 bytes); it was probably never written to the end")
+    return path
+
+
+def _checked(indices: Sequence[int], count: int, path: Path) -> list[int]:
+    chosen = [int(i) for i in indices]
+    if not chosen:
+        raise ValueError("indices must name at least one frame, got none; leave it out to read all frames")
+    outside = [i for i in chosen if not 0 <= i < count]
+    if outside:
+        raise MediaError(
+            f"indices must be in [0, {count - 1}] for the {count} frames of {path}, got {outside[0]}"
+            + (f" and {len(outside) - 1} more outside" if len(outside) > 1 else "")
+        )
+    return chosen
+
+
+def _positive(name: str, value: float, *, whole: bool = False) -> None:
+    ok = isinstance(value, int | np.integer) if whole else isinstance(value, int | float | np.number | Fraction)
+    if not ok or isinstance(value, bool) or not 0 < value < float("inf"):
+        raise ValueError(f"{name} must be a positive {'integer' if whole else 'number'}, got {value!r}")
+
+
+def read_image(path: str | os.PathLike[str]) -> Image:
+    """Read an image as RGB, upright by its EXIF orientation; of an animation, the first frame.
+
+    Args: path: an image file of any format that Pillow knows.
+    Returns: a loaded `PIL.Image.Image` of mode RGB; transparency is dropped.
+    Raises: MediaError for a file that is missing, empty, a folder, corrupt or truncated.
+    """
+    from PIL import Image, ImageOps
+
+    path = _existing_file(path, "image")
+    try:
+        with Image.open(path) as image:
+            return ImageOps.exif_transpose(image).convert("RGB")
+    except Exception as error:  # Pillow's plugins raise OSError, SyntaxError, ValueError, struct.error and their own
+        raise MediaError(f"{path} cannot be read as an image: {first_line(error)}") from error
+
+
+# ---------------------------------------------------------------- writing
+
+
+def write(path: str | os.PathLike[str], frames: Any, fps: float = 8, *, crf: int = 12) -> Path:
+    """Write an H.264 video (yuv420p, BT.601) that browsers play. Needs PyAV.
+
+    Args:
+        path: ends in .mp4, .mov or .mkv; its folder must exist. An existing file is replaced.
+        frames: uint8 or float [0, 1] (T, H, W, 3) RGB, an array, a tensor or a list of arrays; or a list of PIL images.
+        fps: frames per second; crf: x264's quality, 0 (lossless) to 51 (worst). 12 is visually lossless.
+    Returns: the path. The file appears under it only when it is complete.
+    Raises:
+        ValueError: wrong shape, dtype, range or suffix. OSError: a folder that is missing or cannot be written to.
+        BackendUnavailable: PyAV is not installed.
+    Numerics: yuv420p needs even sides, so an odd width or height gets one more column or row, a copy of the last one;
+        nothing is rescaled. Chroma is kept at half resolution, so coloured edges of one pixel soften.
+    """
+    path = Path(path)
+    if path.suffix.lower() not in CONTAINERS:
+        raise ValueError(f"path must end in {', '.join(CONTAINERS)} to hold H.264, got {path.name!r}")
+    _positive("fps", fps)
+    if not 0 <= crf <= 51:
+        raise ValueError(f"crf must be in [0, 51], got {crf}")
+    video = to_uint8(frames)
+    video = np.pad(video, ((0, 0), (0, video.shape[1] % 2), (0, video.shape[2] % 2), (0, 0)), mode="edge")
+    try:
+        av = import_module("av")
+    except ImportError as error:
+        raise BackendUnavailable("writing a video needs PyAV, which is not installed; pip install av") from error
+    with replacing(path) as partial_path, av.open(str(partial_path), "w") as container:
+        # x264 would make several threads for each clip; these clips are small, and workers share the cores
+        options = {"crf": str(crf), "preset": "medium", "threads": "2"}
+        stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001), options=options)
+        stream.height, stream.width = video.shape[1:3]
+        stream.pix_fmt = "yuv420p"
+        # BT.601, and said so: readers that ignore the tag assume it
+        stream.codec_context.colorspace, stream.codec_context.color_range = 6, 1
+        for image in video:
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
+            container.mux(stream.encode(frame.reformat(format="yuv420p", dst_colorspace="ITU601")))
+        container.mux(stream.encode())
+    return path
+
+
+def to_uint8(frames: Any) -> np.ndarray:
+    """Return frames as uint8 (T, H, W, 3).
+
+    Args: frames: uint8 or float [0, 1], (T, H, W, 3); an array, a tensor, a list of arrays, or a list of PIL images.
+    Raises: ValueError for other shapes, no frames, values outside [0, 1], NaN; TypeError for other dtypes.
+    Numerics: floats are rounded to nearest; up to 0.01 outside [0, 1] is clipped, as decoders overshoot that much.
+    """
+    video = _as_array(frames)
+    if video.ndim != 4 or video.shape[-1] != 3 or 0 in video.shape:
+        hint = ""
+        if video.ndim == 4 and 3 in video.shape[1:3]:
+            hint = "; move the channels last"
+        elif video.ndim == 5:
+            hint = "; pass one video of the batch"
+        elif video.ndim == 3:
+            hint = "; a single image is frames[None]"
+        raise ValueError(f"frames must be (T, H, W, 3) with at least one frame, got {video.shape}{hint}")
+    if video.dtype == np.uint8:
+        return video
+    if not np.issubdtype(video.dtype, np.floating):
+        raise TypeError(f"frames must be uint8 in [0, 255] or float in [0, 1], got {video.dtype}")
+    low, high = float(video.min()), float(video.max())
+    if not (low >= -0.01 and high <= 1.01):  # NaN fails both
+        raise ValueError(f"float frames must be finite and in [0, 1], got values in [{low:.4g}, {high:.4g}]")
+    return (video.clip(0, 1) * 255 + 0.5).astype(np.uint8)
+
+
+def _as_array(frames: Any) -> np.ndarray:
+    if hasattr(frames, "detach"):  # a tensor; numpy knows no bfloat16
+        frames = frames.detach().cpu()
+        return np.asarray(frames.float() if frames.is_floating_point() else frames)
+    if isinstance(frames, list | tuple):
+        items = [np.asarray(f.convert("RGB")) if hasattr(f, "convert") else _as_array(f) for f in frames]
+        shapes = {item.shape for item in items}
+        if len(shapes) > 1:
+            raise ValueError(f"frames must all have one shape, got {' and '.join(map(str, sorted(shapes)))}")
+        return np.stack(items) if items else np.zeros((0, 0, 0, 3), np.uint8)
+    return np.asarray(frames)
+
+
+@contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Give a temporary path beside `path`; rename it to `path` when the block ends well, delete it when it does not.
+
+    Raises: FileNotFoundError, NotADirectoryError, IsADirectoryError or PermissionError naming `path`, before the block.
+    """
+    path = Path(path)
+    folder = path.parent
+    if not folder.is_dir():
+        kind = NotADirectoryError if folder.exists() else FileNotFoundError
+        what = "is not a folder" if folder.exists() else "does not exist; create it first"
+        raise kind(f"cannot write {path}: {folder} {what}")
+    if path.is_dir():
+        raise IsADirectoryError(f"cannot write {path}: it is a folder; name a file in it")
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")  # the suffix names the container
+    try:
+        temporary.touch()
+    except OSError as error:
+        raise PermissionError(f"cannot write {path}: the folder {folder} is not writable ({error.strerror})") from error
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
