@@ -28,8 +28,8 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 run: $(STAMP) ## compare dense with accelerated models on the tiny models, into runs/first (OUT=...)
-	@$(BIN)/mmeff compare --out $(OUT)
-	@echo "The results are in $(OUT)/"
+	@$(BIN)/mmeff compare --out $(OUT) --overwrite --overwrite
+	@echo "The results are in $(OUT)/: open $(OUT)/report.html"
 
 test: $(STAMP) ## run the tests (ARGS="-k layout" for some of them)
 	@HF_HUB_OFFLINE=1 OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} $(BIN)/python -m pytest $(ARGS)
@@ -47,11 +47,11 @@ format: $(STAMP) ## format the code and sort its imports
 docs: $(STAMP) ## write the tables of methods into README.md and docs/methods.md
 	$(BIN)/python docs/make_tables.py
 
-train-vlm: $(STAMP) ## train the tiny vision-language model, resumable, into runs/train-tiny-vlm
-	$(BIN)/mmeff train tiny-vlm --out runs/train-tiny-vlm
+train-vlm: $(STAMP) ## train the tiny vision-language model, resumable, into runs/tiny-vlm
+	$(BIN)/mmeff train tiny-vlm
 
-train-video: $(STAMP) ## train the tiny video model, resumable, into runs/train-tiny-video
-	$(BIN)/mmeff train tiny-video --out runs/train-tiny-video
+train-video: $(STAMP) ## train the tiny video model, resumable, into runs/tiny-video
+	$(BIN)/mmeff train tiny-video
 
 clean: ## remove .venv, caches and built packages; runs/ and data/ stay
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -74,10 +74,9 @@ class _PyAV:
     @contextmanager
     def _open(self) -> Iterator[tuple[Any, Any]]:
         with self.av.open(str(self.path)) as container:
-            pictures = self.av.stream.Disposition.attached_pic
-            streams = [s for s in container.streams.video if not s.disposition & pictures]
+            streams = [stream for stream in container.streams.video if _kind(stream) == "video"]
             if not streams:
-                raise MediaError(f"{self.path} holds no video stream, only {_kinds(container)}")
+                raise RuntimeError("no video stream")
             stream = streams[0]
             stream.thread_type = "AUTO"
             yield container, stream
@@ -261,16 +260,25 @@ def diagnose(path: Path, backend: str) -> str:
         return "it is corrupt, truncated, without a video stream or of a kind that this backend does not know"
     try:
         with av.open(str(path)) as container:
-            if not container.streams.video:
-                return f"it holds no video stream, only {_kinds(container)}"
+            kinds = {_kind(stream) for stream in container.streams}
     except Exception:  # whatever PyAV raises, it did not recognise the file either
+        kinds = set()
+    if not kinds:
         return "it is corrupt, truncated or not a video"
+    if "video" not in kinds:
+        return f"it holds no video, only {' and '.join(sorted(kinds))}"
     other = "" if backend == "pyav" else "; backend='pyav' may read it"
     return f"it is damaged, or of a kind that {backend} does not decode{other}"
 
 
-def _kinds(container: Any) -> str:
-    return ", ".join(sorted({"cover art" if s.type == "video" else s.type for s in container.streams})) or "no streams"
+def _kind(stream: Any) -> str:
+    """ "video", "audio", ...; the picture that music files carry is a video stream to FFmpeg, but no video."""
+    is_picture = stream.type == "video" and stream.disposition & _attached_picture()
+    return "cover art" if is_picture else str(stream.type)
+
+
+def _attached_picture() -> Any:
+    return import_module("av.stream").Disposition.attached_pic
 
 
 def first_line(error: Exception) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from fractions import Fraction
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -203,7 +204,14 @@ def test_write_takes_floats_tensors_and_pictures(tmp_path):
     frames = clip(3)
     unit = frames.astype(np.float32) / 255
     pictures = [Image.fromarray(f) for f in frames]
-    for other in (unit, unit.astype(np.float64), torch.from_numpy(unit), torch.from_numpy(frames), pictures, list(frames)):
+    for other in (
+        unit,
+        unit.astype(np.float64),
+        torch.from_numpy(unit),
+        torch.from_numpy(frames),
+        pictures,
+        list(frames),
+    ):
         assert np.array_equal(video_io.to_uint8(other), frames)
     assert np.abs(video_io.to_uint8(torch.from_numpy(unit).bfloat16()).astype(int) - frames).max() <= 1
     with_alpha = [p.convert("RGBA") for p in pictures]
@@ -260,7 +268,7 @@ def damaged(tmp_path, media):
         ("noise.mp4", r"noise\.mp4 cannot be read: it is corrupt, truncated or not a video \(.* says: .+\)"),
         ("text.mp4", r"text\.mp4 cannot be read: it is corrupt, truncated or not a video"),
         ("cut.mp4", r"cut\.mp4 cannot be read: it is corrupt, truncated or not a video"),
-        ("sound.mp4", r"sound\.mp4 .*holds no video stream, only audio"),
+        ("sound.mp4", r"sound\.mp4 cannot be read: it holds no video, only audio"),
     ],
 )
 def test_unreadable_files(damaged, backend, file, message):
@@ -288,9 +296,10 @@ def test_a_frame_lost_to_truncation_is_named(tmp_path, media):
     import av
 
     # with the index in front, the file opens and only its last frames are gone
-    with av.open(str(media / "gops.mp4")) as source, av.open(
-        str(tmp_path / "front.mp4"), "w", options={"movflags": "faststart"}
-    ) as target:
+    with (
+        av.open(str(media / "gops.mp4")) as source,
+        av.open(str(tmp_path / "front.mp4"), "w", options={"movflags": "faststart"}) as target,
+    ):
         stream = target.add_stream_from_template(source.streams.video[0])
         for packet in source.demux(source.streams.video[0]):
             if packet.dts is not None:
@@ -355,7 +364,9 @@ def test_a_named_backend_never_falls_back(media, monkeypatch, backend):
 def test_without_pyav_the_cause_of_a_bad_file_is_still_told(damaged, monkeypatch):
     need("opencv")
     without(monkeypatch, "av")
-    with pytest.raises(MediaError, match=r"sound\.mp4 cannot be read: it is corrupt, truncated, without a video stream"):
+    with pytest.raises(
+        MediaError, match=r"sound\.mp4 cannot be read: it is corrupt, truncated, without a video stream"
+    ):
         video_io.read(damaged / "sound.mp4", backend="opencv")
     with pytest.raises(BackendUnavailable, match="writing a video needs PyAV"):
         video_io.write(damaged / "x.mp4", clip(1))
@@ -386,7 +397,7 @@ def test_wrong_frames(tmp_path, frames, message):
 
 
 def test_wrong_dtype_suffix_and_rate(tmp_path):
-    with pytest.raises(TypeError, match="uint8 in .* or float in .*, got int64"):
+    with pytest.raises(TypeError, match=r"uint8 in .* or float in .*, got int64"):
         video_io.write(tmp_path / "x.mp4", np.zeros((1, 8, 8, 3), np.int64))
     with pytest.raises(ValueError, match=r"must end in \.mp4, \.mov, \.mkv to hold H\.264, got 'x\.webm'"):
         video_io.write(tmp_path / "x.webm", clip(1))
@@ -427,10 +438,7 @@ def test_an_interrupted_write_leaves_the_old_file_and_nothing_else(tmp_path, mon
             raise KeyboardInterrupt
         return made(*args, **kwargs)
 
-    class Frames(av.VideoFrame):
-        from_ndarray = staticmethod(failing)
-
-    monkeypatch.setattr(av, "VideoFrame", Frames)
+    monkeypatch.setattr(av, "VideoFrame", SimpleNamespace(from_ndarray=failing))
     with pytest.raises(KeyboardInterrupt):
         video_io.write(file, clip(8))
     assert len(calls) == 4
@@ -438,8 +446,11 @@ def test_an_interrupted_write_leaves_the_old_file_and_nothing_else(tmp_path, mon
 
 
 def test_nothing_heavy_is_imported_before_use():
-    code = "import sys, mmeff.video_io; print([m for m in ('av', 'cv2', 'decord', 'torchcodec', 'PIL') if m in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    heavy = ("av", "cv2", "decord", "torchcodec", "PIL")
+    code = f"import sys, mmeff.video_io; print([m for m in {heavy} if m in sys.modules])"
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    )
 
 
 # ---------------------------------------------------------------- images

@@ -61,7 +61,8 @@ def psnr(a: Any, b: Any) -> Score:
     Args: a, b: (T, H, W, 3), float in [0, 1] or uint8; arrays or tensors.
     Returns: a `Score` in dB. Identical frames score inf and are left out of the mean, which can only lower it.
     Raises: ValueError for different or wrong shapes and for values outside [0, 1]; TypeError for other dtypes.
-    Numerics: float64, data range 1. The mean is of the frames' dB, not the dB of the mean error.
+    Numerics: float64, data range 1; torchmetrics takes its logarithm of 10 in float32, which is 5e-8 relative. The mean
+        is of the frames' dB, not the dB of the mean error.
     Source: torchmetrics `peak_signal_noise_ratio`.
     """
     return _score("psnr", "dB", _psnr_frames, *_pair(a, b))

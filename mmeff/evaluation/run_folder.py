@@ -83,7 +83,7 @@ class RunFolder:
     def _delete_old_run(self) -> None:
         report = self.path / REPORT
         try:
-            listed = json.loads(report.read_text("utf-8"))["files"]
+            listed = list(json.loads(report.read_text("utf-8"))["files"])
         except (ValueError, KeyError, TypeError):  # not written by this class, or damaged: only the report itself goes
             listed = []
         for name in listed:

@@ -32,7 +32,7 @@ NUMBERS = {2: "two", 3: "three", 4: "four", 5: "five"}
 KINDS = ("colour_of", "shape_of", "count", "exists", "shape_at", "colour_at", "where")
 
 SIZE = 96  # pixels
-RADIUS = (8.0, 11.0)
+RADIUS = (7.0, 10.5)
 TRAIN_SEED, GATE_SEED, HELDOUT_SEED, PRUNING_SEED = 11_000, 12_000, 13_000, 14_000
 
 

@@ -19,6 +19,7 @@ from torch import nn
 
 from mmeff.tiny import clips, codec, training, video_model
 
+CHECKPOINT_EVERY = 250  # steps
 GATE = {"found": 0.90, "colour": 0.90, "shape": 0.90, "direction": 0.90, "all": 0.85}
 
 
@@ -183,7 +184,7 @@ def train(
             run.log(step=step + 1, **row)
             if progress:
                 progress(step + 1, steps, row)
-        if (step + 1) % 250 == 0 or step + 1 == steps:
+        if (step + 1) % CHECKPOINT_EVERY == 0 or step + 1 == steps:
             checkpoint(step + 1)
         if step + 1 > recipe.frame_steps and (step + 1 - recipe.frame_steps) % 500 == 0:
             averaged = Student()

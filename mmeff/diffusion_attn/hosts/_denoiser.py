@@ -258,7 +258,7 @@ def _receive_context(module: Any, receiver: _ContextReceiver, handle: Handle) ->
         registry.remove_hook(name, recurse=False)
         if outer is not None and replaces:
             # remove_hook puts the inner forward where the outer hook keeps its own; it belongs one attribute further
-            pass
+            outer.original_forward, outer.forward = outer.forward, outer_forward
         _forget_children(registry)
         # diffusers leaves `forward` and an empty registry in the instance: take out what came with us
         if not had_forward and module.__dict__.get("forward") == type(module).forward.__get__(module):

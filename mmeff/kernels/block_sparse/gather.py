@@ -278,7 +278,9 @@ class _Gathered:
 def _scatter_add(blocks: Tensor, chunk: Chunk, grad: Tensor) -> None:
     """Add gradients (c, keys, D) to the blocks that the chunk gathered."""
     c, n = chunk.blocks.shape
-    grad = F.pad(grad, (0, 0, 0, n * blocks.shape[2] - chunk.keys))
+    cut = n * blocks.shape[2] - chunk.keys
+    if cut:
+        grad = F.pad(grad, (0, 0, 0, cut))
     blocks.flatten(1).index_add_(0, chunk.blocks.reshape(-1), grad.reshape(c * n, -1))
 
 

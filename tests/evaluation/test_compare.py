@@ -1,0 +1,98 @@
+"""Comparisons on the embedded models: equal inputs give equal outputs, the folder is complete, mistakes come first."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+import mmeff
+from mmeff import tiny
+from mmeff.diffusion_attn import Radial
+from mmeff.evaluation.compare import resolve, variant_names
+from mmeff.evaluation.embedded import VIDEO, sample_questions
+from mmeff.pruning import FastV
+
+SMALL = {**VIDEO, "num_inference_steps": 3}
+SPARSE = Radial(block=6, drop_below=8, decay=0.25, dense_steps=1, dense_layers=0)
+FULL = Radial(block=36, drop_below=0, decay=100.0, dense_steps=0, dense_layers=0)
+IDLE = Radial(block=6, dense_steps=3)
+
+
+@pytest.fixture(scope="module")
+def pipeline():
+    return tiny.video_pipeline()
+
+
+@pytest.fixture(scope="module")
+def video(pipeline, tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "video"
+    return mmeff.compare(pipeline, [SPARSE, FULL, IDLE], "a red square moving left", out=out, warm_up=False, **SMALL), out
+
+
+def test_video_figures(video):
+    result, _ = video
+    variants = result.measured["variants"]
+    sparse, full, idle = (name for name in variants if name != "dense")
+    assert variants[full]["psnr"].identical == 17, "a full layout must give the dense video bit by bit"
+    assert variants[idle]["psnr"].identical == 17
+    assert 5 < variants[sparse]["psnr"].mean < 60
+    assert variants[sparse]["density"] < 1
+    assert set(result.idle) == {full, idle}, "neither of them ran a sparse call"
+
+
+def test_video_folder_is_complete(video):
+    result, out = video
+    report = json.loads((out / "report.json").read_text())
+    assert report["comparisons"][0]["accelerated_nothing"] == list(result.idle)
+    assert all((out / name).is_file() for name in report["files"])
+    assert {p.suffix for p in out.rglob("*") if p.is_file()} == {".mp4", ".png", ".json", ".html"}
+    page = (out / "report.html").read_text()
+    assert "accelerated nothing" in page and 'src="http' not in page
+    assert not (out / "INCOMPLETE").exists()
+
+
+def test_the_table_prints(video):
+    text = str(video[0])
+    assert "dense" in text and "accelerated nothing" in text
+
+
+def test_answers(tmp_path):
+    model, processor = tiny.vlm()
+    result = mmeff.compare(
+        model, [FastV(keep=0.25), FastV(keep=1.0)], sample_questions(), out=tmp_path / "r", processor=processor, repeats=1,
+        new_tokens=3,
+    )  # fmt: skip
+    variants = result.measured["variants"]
+    assert variants["fastv keep=1.0"]["answers"] == variants["dense"]["answers"]
+    assert variants["dense"]["answers"] == ["white", "bottom right", "five"]
+    assert result.idle == ()
+    assert len(list((tmp_path / "r" / "pictures").glob("kept-*"))) == 6
+
+
+@pytest.mark.parametrize(
+    ("methods", "inputs", "error", "message"),
+    [
+        ([], "a", ValueError, "no method"),
+        (["radial", "fastv"], "a", ValueError, "one stage at a time"),
+        ([SPARSE, SPARSE], "a", ValueError, "same method twice"),
+        (SPARSE, "", ValueError, "at least one prompt"),
+        (FastV(), "a", mmeff.errors.UnsupportedModel, "no host of stage 'pruning'"),
+    ],
+)
+def test_mistakes(pipeline, methods, inputs, error, message):
+    with pytest.raises(error, match=message):
+        mmeff.compare(pipeline, methods, inputs, **SMALL)
+
+
+def test_questions_need_images():
+    model, processor = tiny.vlm()
+    with pytest.raises(ValueError, match="has no image"):
+        mmeff.compare(model, "fastv", {"question": "what ?"}, processor=processor)
+    with pytest.raises(ValueError, match="processor"):
+        mmeff.compare(model, "fastv", {"question": "what ?"})
+
+
+def test_variant_names():
+    assert variant_names(resolve("radial")) == ["radial"]
+    assert variant_names(resolve([FastV(keep=0.5), FastV(keep=0.25)])) == ["fastv keep=0.5", "fastv keep=0.25"]

@@ -1,0 +1,104 @@
+"""The committed models: intact, loaded by the stock classes, and as good as their cards say."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+import mmeff
+from mmeff import tiny
+from mmeff.evaluation.questions import ask_scenes
+from mmeff.tiny import clips, export, scenes, train_vlm
+
+DATA = tiny.data_folder()
+
+
+@pytest.mark.parametrize("name", ["tiny-vlm", "tiny-video", "samples"])
+def test_hashes(name):
+    export.verify(DATA / name)
+
+
+@pytest.mark.parametrize("name", ["tiny-vlm", "tiny-video"])
+def test_size_and_card(name):
+    size = sum(p.stat().st_size for p in (DATA / name).rglob("*") if p.is_file())
+    assert size <= export.LIMIT
+    card = (DATA / name / "README.md").read_text()
+    assert "What it cannot tell you" in card
+    gate = json.loads((DATA / name / "gate.json").read_text())
+    assert f"## Gate: {'passed' if gate['passed'] else 'missed'}" in card
+    assert not list((DATA / name).rglob("*.bin")) and not list((DATA / name).rglob("*.pt"))
+
+
+def test_verify_notices_a_change(tmp_path):
+    (tmp_path / "weights").write_bytes(b"1")
+    export.seal(tmp_path, "card", {})
+    export.verify(tmp_path)
+    (tmp_path / "weights").write_bytes(b"2")
+    with pytest.raises(ValueError, match="weights"):
+        export.verify(tmp_path)
+
+
+def test_vlm_answers_as_recorded():
+    """64 held-out questions through `generate`: within 4 standard errors of the card's figure."""
+    from transformers import LlavaForConditionalGeneration, LlavaProcessor
+
+    model, processor = tiny.vlm()
+    assert type(model) is LlavaForConditionalGeneration and type(processor) is LlavaProcessor
+    recorded = json.loads((DATA / "tiny-vlm" / "gate.json").read_text())["held_out"]["exact_match"]
+    found = ask_scenes(model, processor, seed=scenes.HELDOUT_SEED, count=64)
+    assert abs(found.exact_match - recorded) <= 4 * np.sqrt(recorded * (1 - recorded) / 64)
+
+
+def test_vlm_pruning_separates_policies():
+    """Random pruning at the input costs far more than the class token's attention, as the gate demands."""
+    from mmeff.evaluation.gates import class_attention
+
+    model, _ = tiny.vlm()
+    with torch.inference_mode():
+        dense, randomly, chosen = (
+            train_vlm.evaluate(model, seed=scenes.GATE_SEED, count=256, policy=p)["exact_match"]
+            for p in (None, train_vlm.random_quarter, class_attention)
+        )
+    assert dense - randomly > 0.06
+    assert chosen > randomly + 0.04
+
+
+def test_video_pipeline_is_stock_and_draws_what_is_asked():
+    from diffusers import WanPipeline
+
+    pipeline = tiny.video_pipeline()
+    assert type(pipeline) is WanPipeline
+    prompts = ["a red square moving left", "a cyan ring moving down"]
+    noise = [torch.Generator().manual_seed(i) for i in range(2)]
+    video = pipeline(
+        prompts, height=48, width=48, num_frames=17, num_inference_steps=12, guidance_scale=2.0, max_sequence_length=16,
+        generator=noise, output_type="np",
+    ).frames  # fmt: skip
+    read = clips.detect(video)
+    assert read.found.all()
+    assert [list(clips.COLOURS)[c] for c in read.colour] == ["red", "cyan"]
+    assert [list(clips.DIRECTIONS)[d] for d in read.direction] == ["left", "down"]
+
+
+def test_other_sizes_run_with_an_interpolated_position_table():
+    pipeline = tiny.video_pipeline()
+    with mmeff.accelerate(pipeline, "radial", block=5, drop_below=8, dense_steps=1, dense_layers=0) as handle:
+        video = pipeline(
+            "a red square moving left", height=32, width=64, num_frames=11, num_inference_steps=2, guidance_scale=1.0,
+            max_sequence_length=16, output_type="np",
+        ).frames  # fmt: skip
+        assert handle.report().accelerated
+    assert video.shape == (1, 11, 32, 64, 3)
+    assert np.isfinite(video).all()
+
+
+def test_without_its_table_a_folder_is_refused(tmp_path):
+    import shutil
+
+    shutil.copytree(DATA / "tiny-video", tmp_path / "m")
+    (tmp_path / "m" / "transformer" / "position_table.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="position_table"):
+        tiny.load_video(tmp_path / "m")
