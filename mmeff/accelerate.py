@@ -69,7 +69,9 @@ def accelerate(model_or_pipeline: Any, method: Any, **fields: Any) -> Any:
     """
     if isinstance(method, (list, tuple)):
         if fields:
-            raise TypeError(f"fields ({', '.join(fields)}) are ambiguous for a list of methods; pass configs in the list")
+            raise TypeError(
+                f"fields ({', '.join(fields)}) are ambiguous for a list of methods; pass configs in the list"
+            )
         if not method:
             raise ValueError("accelerate got an empty list of methods; pass at least one")
         installed: list[Handle] = []

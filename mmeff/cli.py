@@ -43,7 +43,9 @@ class Exit(IntEnum):
     FINE, ERROR, USAGE, IDLE, GATE = range(5)
 
 
-Model = Annotated[str, typer.Option("--model", "-m", help="Folder, hub name, or an embedded model: tiny-video, tiny-vlm.")]
+Model = Annotated[
+    str, typer.Option("--model", "-m", help="Folder, hub name, or an embedded model: tiny-video, tiny-vlm.")
+]
 Methods = Annotated[
     list[str] | None, typer.Option("--method", help="A method's name, as `mmeff list` shows it. May be repeated.")
 ]
@@ -73,7 +75,9 @@ def settings(pairs: list[str] | None) -> dict[str, Any]:
     return fields
 
 
-def chosen(names: list[str] | None, files: list[Path] | None, pairs: list[str] | None, default: str) -> list[MethodConfig]:
+def chosen(
+    names: list[str] | None, files: list[Path] | None, pairs: list[str] | None, default: str
+) -> list[MethodConfig]:
     """The methods that the options name, with `--set` fields applied to those that have them.
 
     Raises:
@@ -109,15 +113,15 @@ def progress(quiet: bool) -> Iterator[Any]:
 def show(value: Any, as_json: bool) -> None:
     """Print an object with `to_dict` and `str`."""
     if as_json:
-        from mmeff.evaluation.run_folder import to_plain
-
-        print(json.dumps(to_plain(value.to_dict()), indent=1))
+        _print_json(value.to_dict())
     else:
         print(value)
 
 
 @app.command("list")
-def list_methods(as_json: AsJson = False, fields: Annotated[bool, typer.Option("--fields", help="Show every field.")] = False) -> None:
+def list_methods(
+    as_json: AsJson = False, fields: Annotated[bool, typer.Option("--fields", help="Show every field.")] = False
+) -> None:
     """List every method: what it is for, where it comes from, and with --fields what can be set."""
     from mmeff.registry import broken_plugins
 
@@ -172,10 +176,7 @@ def plan(
         "height": height, "width": width, "num_frames": frames, "num_inference_steps": steps, "text_tokens": text_tokens,
         "images": images, "batch": batch,
     }  # fmt: skip
-    if loaded.source == "tiny-video":
-        from mmeff.evaluation.embedded import VIDEO
-
-        given = {k: VIDEO.get(k) if v is None else v for k, v in given.items()}
+    given = {k: _video_defaults(loaded).get(k) if v is None else v for k, v in given.items()}
     show(mmeff.plan(loaded.model, configs[0], **{k: v for k, v in given.items() if v is not None}), as_json)
 
 
@@ -189,16 +190,20 @@ def compare(
     method: Methods = None,
     config: Config = None,
     set_: Settings = None,
-    prompt: Annotated[list[str] | None, typer.Option("--prompt", "-p", help="Prompt, or question about the images.")] = None,
+    prompt: Annotated[
+        list[str] | None, typer.Option("--prompt", "-p", help="Prompt, or question about the images.")
+    ] = None,
     image: Annotated[list[Path] | None, typer.Option("--image", "-i", help="jpg or png; may be repeated.")] = None,
-    video: Annotated[Path | None, typer.Option("--video", help="mp4: frames of it are shown to a vision-language model.")] = None,
+    video: Annotated[
+        Path | None, typer.Option("--video", help="mp4: frames of it are shown to a vision-language model.")
+    ] = None,
     video_frames: Annotated[int, typer.Option(help="Frames taken from --video.")] = 4,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the results.")] = Path("runs/compare"),
-    height: Annotated[int, typer.Option(help="Pixels.")] = 480,
-    width: Annotated[int, typer.Option(help="Pixels.")] = 832,
-    frames: Annotated[int, typer.Option(help="Frames of the video.")] = 81,
-    steps: Annotated[int, typer.Option(help="Denoising steps.")] = 50,
-    guidance: Annotated[float, typer.Option(help="Classifier-free guidance scale.")] = 5.0,
+    height: Annotated[int | None, typer.Option(help="Pixels.  [default: 480]")] = None,
+    width: Annotated[int | None, typer.Option(help="Pixels.  [default: 832]")] = None,
+    frames: Annotated[int | None, typer.Option(help="Frames of the video.  [default: 81]")] = None,
+    steps: Annotated[int | None, typer.Option(help="Denoising steps.  [default: 50]")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Classifier-free guidance scale.  [default: 5]")] = None,
     new_tokens: Annotated[int, typer.Option(help="Tokens generated at most per answer.")] = 32,
     seed: Annotated[int, typer.Option(help="Noise seed.")] = 0,
     device: Device = "auto",
@@ -220,17 +225,34 @@ def compare(
         with progress(as_json) as tick:
             results = embedded.run(out, overwrite=overwrite, tick=tick)
     else:
-        results = [
-            _compare_own(
-                model, method, config, set_, prompt, image, video, video_frames, out, new_tokens, seed, device, dtype,
-                overwrite, as_json,
-                {"height": height, "width": width, "num_frames": frames, "num_inference_steps": steps, "guidance_scale": guidance},
-            )
-        ]  # fmt: skip
-    if as_json:
-        from mmeff.evaluation.run_folder import to_plain
+        from mmeff.pipelines.loading import load
 
-        print(json.dumps(to_plain([r.to_dict() for r in results]), indent=1))
+        pictures = _pictures(image, video, video_frames)  # unreadable media must not cost a model load
+        configs = chosen(method, config, set_, "fastv" if pictures else "radial")
+        loaded = load(model or _embedded_for(configs[0]), device=device, dtype=dtype)
+        sizes = {
+            "height": height,
+            "width": width,
+            "num_frames": frames,
+            "num_inference_steps": steps,
+            "guidance_scale": guidance,
+        }
+        inputs, given = _inputs(loaded, prompt, pictures, {"seed": seed, **sizes}, {"new_tokens": new_tokens})
+        with progress(as_json) as tick:
+            results = [
+                mmeff.compare(
+                    loaded.model,
+                    configs,
+                    inputs,
+                    out=out,
+                    processor=loaded.processor,
+                    overwrite=overwrite,
+                    tick=tick,
+                    **given,
+                )
+            ]
+    if as_json:
+        _print_json([r.to_dict() for r in results])
     else:
         for result in results:
             _print_table(result)
@@ -239,35 +261,36 @@ def compare(
         raise typer.Exit(Exit.IDLE)
 
 
-def _compare_own(
-    model: str, method: Any, config: Any, set_: Any, prompt: Any, image: Any, video: Any, video_frames: int, out: Path,
-    new_tokens: int, seed: int, device: str, dtype: str, overwrite: bool, as_json: bool, sizes: dict[str, Any],
-) -> Any:  # fmt: skip
-    from mmeff.evaluation.compare import compare as run
-    from mmeff.pipelines.loading import load
+def _inputs(
+    loaded: Any, prompts: list[str] | None, pictures: list[Any], for_video: dict[str, Any], for_answers: dict[str, Any]
+) -> tuple[Any, dict[str, Any]]:
+    """What `mmeff.compare` is given for this kind of model, and the settings that belong to it.
 
-    pictures = _pictures(image, video, video_frames)  # unreadable media must not cost a model load
-    configs = chosen(method, config, set_, "fastv" if pictures else "radial")
-    source = model or _embedded_for(configs[0])
-    loaded = load(source, device=device, dtype=dtype)
-    if not prompt:
+    Raises:
+        ValueError: prompts or pictures that are missing, or that the model cannot use.
+    """
+    if not prompts:
         raise ValueError("compare needs a prompt for this model; pass --prompt")
-    with progress(as_json) as tick:
-        if loaded.kind == "video":
-            if pictures:
-                raise ValueError(f"{source} makes videos from text and takes no --image or --video")
-            if loaded.source == "tiny-video":
-                from mmeff.evaluation.embedded import VIDEO
+    if loaded.kind == "video":
+        if pictures:
+            raise ValueError(f"{loaded.source} makes videos from text and takes no --image or --video")
+        return prompts, {**_video_defaults(loaded), **{k: v for k, v in for_video.items() if v is not None}}
+    if not pictures:
+        raise ValueError("the prompt comes without an image: visual tokens are what is pruned; pass --image or --video")
+    return [{"images": pictures, "question": question} for question in prompts], for_answers
 
-                sizes = {**VIDEO}
-            return run(loaded.model, configs, prompt, out=out, overwrite=overwrite, tick=tick, seed=seed, **sizes)
-        if not pictures:
-            raise ValueError("the prompt comes without an image: visual tokens are what is pruned; pass --image or --video")
-        inputs = [{"images": pictures, "question": question} for question in prompt]
-        return run(
-            loaded.model, configs, inputs, out=out, processor=loaded.processor, overwrite=overwrite, tick=tick,
-            new_tokens=new_tokens,
-        )  # fmt: skip
+
+def _video_defaults(loaded: Any) -> dict[str, Any]:
+    """Sizes and steps that suit the embedded video model; any other model keeps its pipeline's own defaults."""
+    from mmeff.evaluation.embedded import VIDEO
+
+    return dict(VIDEO) if loaded.source == "tiny-video" else {}
+
+
+def _print_json(value: Any) -> None:
+    from mmeff.evaluation.run_folder import to_plain
+
+    print(json.dumps(to_plain(value), indent=1))
 
 
 def _pictures(images: list[Path] | None, video: Path | None, count: int) -> list[Any]:
@@ -327,10 +350,14 @@ def generate(
     loaded = load(model, device=device, dtype=dtype)
     if loaded.kind != "video":
         raise ValueError(f"{model} is a vision-language model and makes no videos; use `mmeff ask`")
-    from mmeff.evaluation.embedded import VIDEO
-
-    given = {"height": height, "width": width, "num_frames": frames, "num_inference_steps": steps, "guidance_scale": guidance}
-    call = {**(VIDEO if loaded.source == "tiny-video" else {}), **{k: v for k, v in given.items() if v is not None}}
+    given = {
+        "height": height,
+        "width": width,
+        "num_frames": frames,
+        "num_inference_steps": steps,
+        "guidance_scale": guidance,
+    }
+    call = {**_video_defaults(loaded), **{k: v for k, v in given.items() if v is not None}}
     noise = torch.Generator(device="cpu").manual_seed(seed)
     reports = []
     if configs:
@@ -341,9 +368,7 @@ def generate(
         video = loaded.model(prompt, **call, generator=noise, output_type="np").frames[0]
     write(out, video, fps=fps)
     if as_json:
-        from mmeff.evaluation.run_folder import to_plain
-
-        print(json.dumps(to_plain({"video": str(out), "reports": [r.to_dict() for r in reports]}), indent=1))
+        _print_json({"video": out, "reports": [r.to_dict() for r in reports]})
     else:
         for report in reports:
             print(report)
@@ -373,7 +398,9 @@ def ask(
         raise ValueError("ask needs a question that is not empty")
     pictures = _pictures(image, video, video_frames)
     if not pictures:
-        raise ValueError("ask needs an image: visual tokens are what is pruned; pass --image photo.jpg or --video clip.mp4")
+        raise ValueError(
+            "ask needs an image: visual tokens are what is pruned; pass --image photo.jpg or --video clip.mp4"
+        )
     configs = chosen(method, config, set_, "fastv") if method or config else []
     if set_ and not configs:
         raise ValueError("--set has no method to apply to; pass --method or --config")
@@ -388,16 +415,16 @@ def ask(
     else:
         text = answer(loaded.model, loaded.processor, [pictures], [question], new_tokens=new_tokens)[0]
     if as_json:
-        from mmeff.evaluation.run_folder import to_plain
-
-        print(json.dumps(to_plain({"answer": text, "reports": [r.to_dict() for r in reports]}), indent=1))
+        _print_json({"answer": text, "reports": [r.to_dict() for r in reports]})
     else:
         print(text)
         for report in reports:
             print(report)
 
 
-train_app = typer.Typer(help="Train the embedded tiny models again. Runs resume from their folder.", no_args_is_help=True)
+train_app = typer.Typer(
+    help="Train the embedded tiny models again. Runs resume from their folder.", no_args_is_help=True
+)
 app.add_typer(train_app, name="train")
 Work = Annotated[Path, typer.Option("--work", help="Folder of checkpoints and the log; a run there is resumed.")]
 Seed = Annotated[int, typer.Option(help="Training seed.")]

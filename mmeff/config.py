@@ -88,7 +88,9 @@ class MethodConfig:
         values = dict(values)
         stated = values.pop("method", cls.name())
         if normalise(str(stated)) != cls.name():
-            raise ValueError(f"{cls.__name__}.from_dict got a config of method {stated!r}; use mmeff.registry.build instead")
+            raise ValueError(
+                f"{cls.__name__}.from_dict got a config of method {stated!r}; use mmeff.registry.build instead"
+            )
         check_fields(cls, values)
         return cls(**values)
 

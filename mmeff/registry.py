@@ -68,7 +68,9 @@ def _load() -> None:
     for point in entry_points(group=GROUP):
         try:
             point.load()
-        except Exception as error:  # a broken plugin must not take the library down; it is named wherever methods are listed
+        except (
+            Exception
+        ) as error:  # a broken plugin must not take the library down; it is named wherever methods are listed
             _problems[f"{point.name} = {point.value}"] = f"{type(error).__name__}: {error}"
 
 

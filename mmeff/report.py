@@ -40,7 +40,13 @@ class Recorder:
         self._events: list[tuple[str, Any, Any]] = []
 
     def call(
-        self, layer: int, kind: str, *, step: int | None = None, density: float | None = None, backend: str | None = None
+        self,
+        layer: int,
+        kind: str,
+        *,
+        step: int | None = None,
+        density: float | None = None,
+        backend: str | None = None,
     ) -> None:
         """One call of one layer: `sparse` (the method acted), `full` (its layout attends everything), or `dense` (the
         schedule or a fallback)."""

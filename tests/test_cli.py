@@ -152,7 +152,17 @@ def test_bad_videos(mmeff_cli, tmp_path, content):
 def test_output_folder_that_is_a_file(mmeff_cli, tmp_path):
     (tmp_path / "f").write_text("")
     code, _, err = mmeff_cli(
-        "compare", "-m", "tiny-vlm", "--method", "fastv", "-p", "what ?", "-i", PICTURE, "-o", str(tmp_path / "f" / "run")
+        "compare",
+        "-m",
+        "tiny-vlm",
+        "--method",
+        "fastv",
+        "-p",
+        "what ?",
+        "-i",
+        PICTURE,
+        "-o",
+        str(tmp_path / "f" / "run"),
     )
     assert code == cli.Exit.ERROR
     assert "is a file" in err

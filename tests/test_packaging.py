@@ -64,8 +64,6 @@ def test_version_has_one_source(installed):
 
 
 def test_command_resolves(installed):
-    if importlib.util.find_spec("mmeff.cli") is None:
-        pytest.skip("mmeff/cli.py is not written yet")
     (point,) = entry_points(group="console_scripts", name="mmeff")
     assert callable(point.load())
 

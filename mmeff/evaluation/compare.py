@@ -86,7 +86,7 @@ def compare(
         processor: the vision-language model's processor.
         overwrite: replace a finished run in `out`.
         tick: progress callback (what, done, total).
-        settings: passed on to `compare_video` or `compare_vlm`.
+        settings: passed on to `compare_video` or `compare_vlm`; a pipeline needs no processor.
     Returns:
         a `Comparison`; print it for the table.
     Raises:

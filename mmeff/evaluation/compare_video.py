@@ -117,7 +117,9 @@ def compare_video(
 COLUMNS = ("variant", "median s", "speedup", "predicted", "density", "PSNR dB", "bg-corrected", "SSIM", "bg shift")
 
 
-def _figures(name: str, videos: dict[str, list[Any]], seconds: dict[str, list[float]], report: Report) -> dict[str, Any]:
+def _figures(
+    name: str, videos: dict[str, list[Any]], seconds: dict[str, list[float]], report: Report
+) -> dict[str, Any]:
     both = list(zip(videos[name], videos["dense"], strict=True))
     whole = [np.concatenate(side) for side in zip(*both, strict=True)]
     figures: dict[str, Any] = {
@@ -178,7 +180,7 @@ def _pages(
     phases = {}
     for name in names:
         spent = reports[name].seconds
-        phases[name] = {k: v for k, v in spent.items() if k.startswith("denoising")}
+        phases[name] = {k.removeprefix("denoising, "): v for k, v in spent.items() if k.startswith("denoising, ")}
     picture = time_split(phases, title="Time in the transformer, last prompt")
     folder.write_image("pictures/video-time.png", picture)
     figures.append(Figure(image=picture, alt="Seconds in dense and sparse denoising steps per variant"))

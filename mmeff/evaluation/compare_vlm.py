@@ -20,7 +20,17 @@ from mmeff.handle import describe_model, model_note
 from mmeff.report import Report
 
 PHASES = ("vision encoder", "prefill", "selection", "decode")
-COLUMNS = ("variant", "median s", "speedup", "prefill s", "selection s", "decode s", "visual tokens", "mean over layers", "same answer")
+COLUMNS = (
+    "variant",
+    "median s",
+    "speedup",
+    "prefill s",
+    "selection s",
+    "decode s",
+    "visual tokens",
+    "mean over layers",
+    "same answer",
+)
 
 
 def compare_vlm(
@@ -46,7 +56,9 @@ def compare_vlm(
     """
     cases = [inputs] if isinstance(inputs, Mapping) else list(inputs)
     if processor is None:
-        raise ValueError("comparing answers needs the model's processor; pass processor=AutoProcessor.from_pretrained(...)")
+        raise ValueError(
+            "comparing answers needs the model's processor; pass processor=AutoProcessor.from_pretrained(...)"
+        )
     if not cases:
         raise ValueError("compare needs at least one question with an image, got none")
     for case in cases:
@@ -101,7 +113,9 @@ def compare_vlm(
             "answers": said[name],
             "same_answer": float(np.mean([a == b for a, b in zip(said[name], said["dense"], strict=True)])),
         }
-    dense_tokens = next((reports[n].tokens.get("visual tokens per prompt") for n in names[1:] if reports[n].tokens), None)
+    dense_tokens = next(
+        (reports[n].tokens.get("visual tokens per prompt") for n in names[1:] if reports[n].tokens), None
+    )
     rows = tuple(_row(name, measured[name], dense_tokens) for name in names)
     sections: tuple[Section, ...] = ()
     if folder is not None:
@@ -161,7 +175,9 @@ def _pages(
     return (
         Section(
             heading="Vision-language: dense and pruned answers",
-            paragraphs=[f"{describe_model(model)}, one question at a time. Prefill is without the selection of tokens, which stands apart."],
+            paragraphs=[
+                f"{describe_model(model)}, one question at a time. Prefill is without the selection of tokens, which stands apart."
+            ],
             tables=[Table(columns=COLUMNS, rows=rows), answers],
             figures=figures,
             listings=[Listing(title=f"What ran: {n}", text=str(reports[n])) for n in names[1:]],
@@ -184,5 +200,3 @@ def as_seen(image: Any, model: Any) -> Any:
     left, top = (image.size[0] - side) // 2, (image.size[1] - side) // 2
     size = int(model.config.vision_config.image_size)
     return image.crop((left, top, left + side, top + side)).resize((size, size))
-
-

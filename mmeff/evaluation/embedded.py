@@ -37,7 +37,9 @@ KEEPS = (0.5, 0.25, 0.125, 0.0625)
 CURVE_SEED = 15_000  # a split of the generated scenes that no gate looks at
 
 
-def run(out: str | os.PathLike[str], *, overwrite: bool = False, questions: int = 192, tick: Tick = silent) -> list[Comparison]:
+def run(
+    out: str | os.PathLike[str], *, overwrite: bool = False, questions: int = 192, tick: Tick = silent
+) -> list[Comparison]:
     """Run both embedded models into a folder.
 
     Args:
@@ -53,7 +55,14 @@ def run(out: str | os.PathLike[str], *, overwrite: bool = False, questions: int 
     del pipeline
     model, processor = tiny.vlm()
     vlm = compare_vlm(
-        model, processor, [build("fastv", layer=2, keep=0.25)], sample_questions(), new_tokens=3, repeats=5, folder=folder, tick=tick
+        model,
+        processor,
+        [build("fastv", layer=2, keep=0.25)],
+        sample_questions(),
+        new_tokens=3,
+        repeats=5,
+        folder=folder,
+        tick=tick,
     )
     curve, points = accuracy_section(model, processor, folder, questions=questions, tick=tick)
     kernel, figures = kernel_section(tick=tick)

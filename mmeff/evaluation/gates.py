@@ -59,7 +59,9 @@ def vlm_gate(folder: str | Path, *, held_out: int = 2000, pruning: int = 1536, s
         dense = train_vlm.evaluate(model, seed=scenes.PRUNING_SEED, count=pruning)
         randomly = train_vlm.evaluate(model, seed=scenes.PRUNING_SEED, count=pruning, policy=train_vlm.random_quarter)
         by_class = train_vlm.evaluate(model, seed=scenes.PRUNING_SEED, count=pruning, policy=class_attention)
-    say(f"at the input: dense {dense['exact_match']:.4f}, random {randomly['exact_match']:.4f}, class token {by_class['exact_match']:.4f}")
+    say(
+        f"at the input: dense {dense['exact_match']:.4f}, random {randomly['exact_match']:.4f}, class token {by_class['exact_match']:.4f}"
+    )
     before = ask_scenes(model, processor, seed=scenes.PRUNING_SEED, count=pruning)
     with mmeff.accelerate(model, "fastv", layer=2, keep=KEEP):
         after = ask_scenes(model, processor, seed=scenes.PRUNING_SEED, count=pruning)
@@ -85,7 +87,9 @@ def vlm_gate(folder: str | Path, *, held_out: int = 2000, pruning: int = 1536, s
     }  # fmt: skip
 
 
-def video_gate(folder: str | Path, *, count: int = 64, batch: int = 16, steps: int = 20, guidance: float = 2.0, say: Say = print) -> dict[str, Any]:
+def video_gate(
+    folder: str | Path, *, count: int = 64, batch: int = 16, steps: int = 20, guidance: float = 2.0, say: Say = print
+) -> dict[str, Any]:
     """The detector's score on fresh prompts through the stock pipeline call, and PSNR against density for one policy."""
     from mmeff.evaluation.metrics import psnr
 

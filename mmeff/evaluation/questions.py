@@ -35,7 +35,9 @@ def picture(image: np.ndarray) -> Any:
 
 
 @torch.inference_mode()
-def answer(model: Any, processor: Any, pictures: list[list[Any]], questions: list[str], *, new_tokens: int = 16) -> list[str]:
+def answer(
+    model: Any, processor: Any, pictures: list[list[Any]], questions: list[str], *, new_tokens: int = 16
+) -> list[str]:
     """Greedy answers to one question per row of pictures, as one left-padded batch.
 
     Args:
@@ -78,12 +80,16 @@ def ask_scenes(
         drawn = scenes.sample(seed, start // batch, batch)
         draw = training.rng(seed, start // batch, stream=1)
         asked = [scenes.ask(drawn, b, draw, 1)[0] for b in range(batch)][:size]
-        said = answer(model, processor, [[picture(x)] for x in drawn.images[:size]], [q.text for q in asked], new_tokens=3)
+        said = answer(
+            model, processor, [[picture(x)] for x in drawn.images[:size]], [q.text for q in asked], new_tokens=3
+        )
         for question, text in zip(asked, said, strict=True):
             hits[question.kind].append(text == question.answer)
         if progress:
             progress(start + size, count)
     every = [h for values in hits.values() for h in values]
     return Accuracy(
-        questions=len(every), exact_match=float(np.mean(every)), kinds={k: float(np.mean(v)) for k, v in sorted(hits.items())}
+        questions=len(every),
+        exact_match=float(np.mean(every)),
+        kinds={k: float(np.mean(v)) for k, v in sorted(hits.items())},
     )

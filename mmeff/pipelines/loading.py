@@ -67,8 +67,12 @@ def load(source: str, *, device: str = "auto", dtype: str = "auto") -> Loaded:
     try:
         model = AutoModelForImageTextToText.from_pretrained(source, dtype=chosen, use_safetensors=True)
     except ValueError as error:
-        raise UnsupportedModel(f"{source} is not a vision-language model that transformers can build: {error}") from error
-    return Loaded(kind="vlm", model=model.to(device).eval(), processor=AutoProcessor.from_pretrained(source), source=source)
+        raise UnsupportedModel(
+            f"{source} is not a vision-language model that transformers can build: {error}"
+        ) from error
+    return Loaded(
+        kind="vlm", model=model.to(device).eval(), processor=AutoProcessor.from_pretrained(source), source=source
+    )
 
 
 def _dtype(name: str, device: str) -> Any:

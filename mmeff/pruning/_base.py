@@ -89,5 +89,7 @@ def top_k(scores: torch.Tensor, counts: torch.Tensor, present: torch.Tensor) -> 
     """
     ranked = scores.float().nan_to_num(nan=float("-inf")).masked_fill(~present, float("-inf"))
     order = ranked.argsort(dim=1, descending=True, stable=True)
-    rank = torch.empty_like(order).scatter_(1, order, torch.arange(order.shape[1], device=order.device).expand_as(order))
+    rank = torch.empty_like(order).scatter_(
+        1, order, torch.arange(order.shape[1], device=order.device).expand_as(order)
+    )
     return (rank < counts[:, None]) & present

@@ -29,7 +29,10 @@ class FastV(TokenPruner):
 
     layer: int = option(2, "first layer that runs without the dropped tokens", unit="layer from 0", source="paper, K")
     keep: float | int = option(
-        0.5, "visual tokens kept: a fraction as a float, a number as an int", unit="fraction or tokens", source="paper, 1 - R"
+        0.5,
+        "visual tokens kept: a fraction as a float, a number as an int",
+        unit="fraction or tokens",
+        source="paper, 1 - R",
     )
     rows: Literal["last", "text", "all"] = option(
         "last", "whose attention counts: the last prompt token, the text behind the image, or every token",
@@ -42,10 +45,14 @@ class FastV(TokenPruner):
         if isinstance(self.keep, float):
             self.require(0 < self.keep <= 1, "keep", "be a fraction in (0, 1] or a number of tokens", "pass keep=0.25")
         else:
-            self.require(self.keep >= 1, "keep", "be at least 1 token when it is an int", "pass keep=0.25 for a fraction")
+            self.require(
+                self.keep >= 1, "keep", "be at least 1 token when it is an int", "pass keep=0.25 for a fraction"
+            )
 
     def points(self, layers: int) -> tuple[PrunePoint, ...]:
-        self.require(self.layer < layers, "layer", f"be in [1, {layers - 1}] for a model of {layers} layers", "pass layer=2")
+        self.require(
+            self.layer < layers, "layer", f"be in [1, {layers - 1}] for a model of {layers} layers", "pass layer=2"
+        )
         return (PrunePoint(layer=self.layer, keep=self.keep),)
 
     def score(self, view: LayerView) -> torch.Tensor:

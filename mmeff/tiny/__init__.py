@@ -18,7 +18,9 @@ def data_folder() -> Path:
     for folder in (package / "data", package.parent / "data"):
         if (folder / "samples").is_dir():
             return folder
-    raise FileNotFoundError(f"the embedded data is neither in {package / 'data'} nor in {package.parent / 'data'}; reinstall mmeff")
+    raise FileNotFoundError(
+        f"the embedded data is neither in {package / 'data'} nor in {package.parent / 'data'}; reinstall mmeff"
+    )
 
 
 def vlm(*, device: str = "cpu", attention: str = "sdpa") -> tuple[Any, Any]:
@@ -60,7 +62,9 @@ def load_video(folder: str | Path, *, device: str = "cpu") -> Any:
 
     pipeline = WanPipeline.from_pretrained(folder, torch_dtype=torch.float32)
     if not attach_if_present(pipeline, folder):
-        raise FileNotFoundError(f"{folder} holds no transformer/position_table.safetensors; it is not a tiny video model")
+        raise FileNotFoundError(
+            f"{folder} holds no transformer/position_table.safetensors; it is not a tiny video model"
+        )
     pipeline.mmeff_note = NOTE
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device)

@@ -68,7 +68,9 @@ def _set_encoder(vae: Any) -> None:
         _eye(encoder.conv_in.weight, out, rgb, sign)
     encoder.conv_in.bias[_ONE] = _CONSTANT
     resample = next(m for m in encoder.modules() if type(m).__name__ == "WanResample")
-    pool = resample.resample[1].weight  # (WIDTH, WIDTH, 3, 3), stride 2, padded right and below: taps 0 and 1 stay inside
+    pool = resample.resample[
+        1
+    ].weight  # (WIDTH, WIDTH, 3, 3), stride 2, padded right and below: taps 0 and 1 stay inside
     for channel in range(_ONE + 1):
         pool[channel, channel, :2, :2] = 0.25
     # The strided window over time ends at frame 2t: its taps are frames 2t-2, 2t-1 and 2t.

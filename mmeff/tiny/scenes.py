@@ -204,7 +204,8 @@ def _existence(colours: np.ndarray, shapes: np.ndarray, rng: np.random.Generator
     yes = sorted(present)[rng.integers(len(present))]
     no = sorted(absent)[rng.integers(len(absent))]
     return [
-        Question(f"is there a {names[c]} {SHAPES[s]} ?", answer, "exists") for (c, s), answer in ((yes, "yes"), (no, "no"))
+        Question(f"is there a {names[c]} {SHAPES[s]} ?", answer, "exists")
+        for (c, s), answer in ((yes, "yes"), (no, "no"))
     ]
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,9 @@ class PaddingAsOneKey:
     ) -> torch.Tensor:
         q, k, v = attn.norm_q(attn.to_q(hidden)), attn.norm_k(attn.to_k(text)), attn.to_v(text)
         q, k, v = (x.unflatten(2, (attn.heads, -1)).transpose(1, 2) for x in (q, k, v))
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=None if self.bias is None else self.bias[None, None, None])
+        out = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=None if self.bias is None else self.bias[None, None, None]
+        )
         return attn.to_out[1](attn.to_out[0](out.transpose(1, 2).flatten(2)))
 
 
@@ -65,7 +68,9 @@ class Student(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.net = video_model.transformer()
-        self.place = nn.Linear(video_model.coordinates().shape[-1], self.net.config.num_attention_heads * 32, bias=False)
+        self.place = nn.Linear(
+            video_model.coordinates().shape[-1], self.net.config.num_attention_heads * 32, bias=False
+        )
         self.register_buffer("features", video_model.coordinates(), persistent=False)
         self.padding = PaddingAsOneKey()
         for block in self.net.blocks:
@@ -92,7 +97,12 @@ class Student(nn.Module):
         return self.place(self.features).permute(3, 0, 1, 2)
 
     def forward(
-        self, latents: torch.Tensor, sigma: torch.Tensor, text: torch.Tensor, padding: float, frames: torch.Tensor | None
+        self,
+        latents: torch.Tensor,
+        sigma: torch.Tensor,
+        text: torch.Tensor,
+        padding: float,
+        frames: torch.Tensor | None,
     ) -> torch.Tensor:
         """Predict the velocity. `frames` (B,) picks the place in time of single-frame latents."""
         table = self.table()
@@ -200,7 +210,13 @@ def train(
 
 @torch.no_grad()
 def generate(
-    student: Student, labels: clips.ClipLabels, *, seed: int, steps: int = 20, guidance: float = 2.0, padding: float = 506.0
+    student: Student,
+    labels: clips.ClipLabels,
+    *,
+    seed: int,
+    steps: int = 20,
+    guidance: float = 2.0,
+    padding: float = 506.0,
 ) -> np.ndarray:
     """Sample clips (B, 17, 24, 24, 3) from the student with Euler steps, one noise seed for the whole batch."""
     texts = prompt_table()
@@ -209,7 +225,7 @@ def generate(
     x = torch.randn(len(text), codec.LATENT_CHANNELS, 9, 24, 24, generator=torch.Generator().manual_seed(seed))
     times = np.linspace(1, 1 / 1000, steps + 1)[:-1]
     times = np.append(video_model.SHIFT * times / (1 + (video_model.SHIFT - 1) * times), 0.0)
-    for now, then in zip(times[:-1], times[1:], strict=True):
+    for now, then in pairwise(times):
         sigma = torch.full((len(text),), float(now))
         with_text, without = (student(x, sigma, t, padding, None) for t in (text, empty))
         x = x + (then - now) * (without + guidance * (with_text - without))

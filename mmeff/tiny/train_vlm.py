@@ -33,9 +33,9 @@ class VlmRecipe:
     """Everything that decides the weights."""
 
     seed: int = 1
-    see_steps: int = 1200  # stage 1: vision tower with auxiliary heads
-    read_steps: int = 600  # stage 2: language model on frozen features, a quarter of the tokens
-    join_steps: int = 1500  # stage 3: everything; in half of the batches some tokens, without the tower
+    see_steps: int = 1000  # stage 1: vision tower with auxiliary heads
+    read_steps: int = 500  # stage 2: language model on frozen features, a quarter of the tokens
+    join_steps: int = 1300  # stage 3: everything; in half of the batches some tokens, without the tower
     batch: int = 16
     questions: int = 12  # packed behind one picture
     lr: float = 3e-3
@@ -85,7 +85,9 @@ class Eye(nn.Module):
 def patch_truth(batch: scenes.Scenes) -> dict[str, torch.Tensor]:
     """Targets of the auxiliary heads, from the scenes' own geometry."""
     b, side, p = len(batch), vlm_model.SIDE, vlm_model.PATCH
-    owner = torch.from_numpy(batch.owner).reshape(b, side, p, side, p).permute(0, 1, 3, 2, 4).reshape(b, side * side, p * p)
+    owner = (
+        torch.from_numpy(batch.owner).reshape(b, side, p, side, p).permute(0, 1, 3, 2, 4).reshape(b, side * side, p * p)
+    )
     share = torch.stack([(owner == o).float().mean(-1) for o in range(5)], dim=-1)  # (B, V, 5)
     most, which = share.max(dim=-1)
     on = most > 0.3
@@ -311,4 +313,8 @@ def evaluate(net: Any, *, seed: int, count: int, policy: Policy | None = None) -
             for hit, question in zip(row, answers, strict=True):
                 hits[question.kind].append(float(hit))
     every = [h for values in hits.values() for h in values]
-    return {"questions": len(every), "exact_match": float(np.mean(every)), **{k: float(np.mean(v)) for k, v in hits.items() if v}}
+    return {
+        "questions": len(every),
+        "exact_match": float(np.mean(every)),
+        **{k: float(np.mean(v)) for k, v in hits.items() if v},
+    }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from diffusers.hooks.hooks import HookRegistry, ModelHook
@@ -107,6 +109,18 @@ def test_settings_written_while_installed_reach_the_stock_processor():
     assert all(p._attention_backend == "native" for p in originals)
 
 
+def test_a_processor_that_the_user_set_since_stays():
+    pipe = make_pipe()
+    originals = [block.attn1.processor for block in pipe.transformer.blocks]
+    handle = mmeff.accelerate(pipe, SPARSE)
+    theirs = WanAttnProcessor()
+    pipe.transformer.blocks[1].attn1.set_processor(theirs)
+    generate(pipe, steps=1)
+    assert set(handle.report().layers) == {0, 2}
+    handle.remove()
+    assert [block.attn1.processor for block in pipe.transformer.blocks] == [originals[0], theirs, originals[2]]
+
+
 class CountingHook(ModelHook):
     """A hook that replaces the forward, as caches do."""
 
@@ -182,6 +196,12 @@ def test_tokens_split_over_devices_are_refused():
     pipe.transformer.blocks[0].attn1.processor._parallel_config = object()
     with pytest.raises(UnsupportedModel, match="context parallelism is enabled"):
         mmeff.accelerate(pipe, SPARSE)
+
+
+def test_a_compiled_transformer_is_refused():
+    compiled = SimpleNamespace(transformer=SimpleNamespace(_orig_mod=make_transformer()), scheduler=None)
+    with pytest.raises(UnsupportedModel, match=r"wrapped by torch\.compile; accelerate the pipeline before"):
+        mmeff.accelerate(compiled, SPARSE)
 
 
 def test_a_bare_transformer_knows_no_steps():

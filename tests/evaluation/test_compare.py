@@ -27,7 +27,9 @@ def pipeline():
 @pytest.fixture(scope="module")
 def video(pipeline, tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "video"
-    return mmeff.compare(pipeline, [SPARSE, FULL, IDLE], "a red square moving left", out=out, warm_up=False, **SMALL), out
+    return mmeff.compare(
+        pipeline, [SPARSE, FULL, IDLE], "a red square moving left", out=out, warm_up=False, **SMALL
+    ), out
 
 
 def test_video_figures(video):
@@ -65,7 +67,7 @@ def test_answers(tmp_path):
     )  # fmt: skip
     variants = result.measured["variants"]
     assert variants["fastv keep=1.0"]["answers"] == variants["dense"]["answers"]
-    assert variants["dense"]["answers"] == ["white", "bottom right", "five"]
+    assert variants["dense"]["answers"] == ["white", "top right", "five"]
     assert result.idle == ()
     assert len(list((tmp_path / "r" / "pictures").glob("kept-*"))) == 6
 

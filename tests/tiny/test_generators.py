@@ -14,7 +14,7 @@ def test_clips_are_a_function_of_seed_and_index():
     assert np.array_equal(one, again)
     assert labels.prompts() == same.prompts()
     assert one.shape == (4, 17, 48, 48, 3)
-    assert 0 <= one.min() and one.max() <= 1
+    assert one.min() >= 0 and one.max() <= 1
     for seed, index in ((1, 3), (2, 2)):
         assert not np.array_equal(one, clips.sample(seed, index, 4)[0])
 
@@ -67,7 +67,7 @@ def test_scenes_are_a_function_of_seed_and_index():
     assert np.array_equal(a.images, b.images)
     assert not np.array_equal(a.images, scenes.sample(4, 1, 4).images)
     assert a.images.shape == (4, 96, 96, 3)
-    assert len({s for s in (scenes.TRAIN_SEED, scenes.GATE_SEED, scenes.HELDOUT_SEED, scenes.PRUNING_SEED)}) == 4
+    assert len({scenes.TRAIN_SEED, scenes.GATE_SEED, scenes.HELDOUT_SEED, scenes.PRUNING_SEED}) == 4
 
 
 def test_answers_agree_with_the_pixels():

@@ -214,10 +214,13 @@ def watch(
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         close()  # an interrupted forward may have left its span open
-        found = sizes(module, args, kwargs) if handle.enabled else None
+        found = sizes(module, args, kwargs)
         if found is None:
             return
         grid, text_len, device = found
+        if not handle.enabled:  # timed all the same: a disabled handle is how dense runs are measured
+            open_spans.enter_context(handle.recorder.time("denoising, dense steps", device))
+            return
         now = session.begin(
             grid=grid, text_len=text_len, num_layers=num_layers, device=device, context=receiver.context
         )

@@ -217,7 +217,9 @@ class LanguagePruner:
         if mask.ndim == 2:  # flash attention: 1 = real key
             return mask.gather(1, cols).bool() & valid
         if mask.ndim != 4:
-            raise UnsupportedModel(f"attention masks of {mask.ndim} dimensions cannot be followed by {self.method.name()}")
+            raise UnsupportedModel(
+                f"attention masks of {mask.ndim} dimensions cannot be followed by {self.method.name()}"
+            )
         batch, queries = now.cur.shape
         mask = mask.expand(batch, -1, -1, -1)
         if now.changed:

@@ -48,7 +48,14 @@ class LlavaHost(Host):
 
     @classmethod
     def plan(
-        cls, model: Any, method: MethodConfig, *, text_tokens: int = 64, images: int = 1, batch: int = 1, new_tokens: int = 32
+        cls,
+        model: Any,
+        method: MethodConfig,
+        *,
+        text_tokens: int = 64,
+        images: int = 1,
+        batch: int = 1,
+        new_tokens: int = 32,
     ) -> Plan:
         """Count tokens, prefill operations and cache bytes for a prompt of `images` pictures and `text_tokens` tokens."""
         assert isinstance(method, TokenPruner)
@@ -64,7 +71,11 @@ class LlavaHost(Host):
             seen.append(now)
         dense = [_layer_operations(text, visual + text_tokens)] * layers
         fast = [_layer_operations(text, v + text_tokens) for v in seen]
-        width = 2 * text.num_key_value_heads * (getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
+        width = (
+            2
+            * text.num_key_value_heads
+            * (getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
+        )
         bytes_per = torch.tensor([], dtype=model.dtype).element_size() * width * batch
         saved = bytes_per * sum(visual - v for v in seen)
         total = bytes_per * layers * (visual + text_tokens + new_tokens)
