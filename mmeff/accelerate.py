@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import pkgutil
 from typing import Any
 
-from mmeff.config import MethodConfig, check_fields
+from mmeff.config import MethodConfig
 from mmeff.errors import UnsupportedModel
 from mmeff.handle import Handle, HandleStack, Host
 from mmeff.registry import all_methods, build
@@ -19,11 +20,13 @@ _hosts: list[type[Host]] = []
 def hosts() -> list[type[Host]]:
     """Every host: each module of the rooms' `hosts` packages lists its own in `HOSTS`."""
     if not _hosts:
+        found: list[type[Host]] = []
         for package in _HOST_PACKAGES:
             module = importlib.import_module(package)
             for info in sorted(pkgutil.iter_modules(module.__path__), key=lambda i: i.name):
                 if not info.name.startswith("_"):
-                    _hosts.extend(getattr(importlib.import_module(f"{package}.{info.name}"), "HOSTS", ()))
+                    found.extend(getattr(importlib.import_module(f"{package}.{info.name}"), "HOSTS", ()))
+        _hosts.extend(found)  # all or none: a module that cannot be imported must fail each time
     return list(_hosts)
 
 
@@ -98,11 +101,6 @@ def plan(model_or_pipeline: Any, method: Any, **sizes: Any) -> Plan:
     Raises:
         as `accelerate`.
     """
-    fields = {}
-    if not isinstance(method, MethodConfig):
-        base = build(method)
-        names = base.to_dict()
-        fields = {k: sizes.pop(k) for k in list(sizes) if k in names}
-    config = build(method, **fields)
-    check_fields(type(config), fields)
+    config = build(method)
+    config = config.replace(**{f.name: sizes.pop(f.name) for f in dataclasses.fields(config) if f.name in sizes})
     return find_host(model_or_pipeline, config).plan(model_or_pipeline, config, **sizes)

@@ -143,8 +143,14 @@ def _plain(value: Any) -> Any:
 def _coerce(value: Any, hint: Any) -> Any:
     """Lists become tuples and integers become floats where the field asks for them; nothing else is converted."""
     options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
-    if isinstance(value, list) and any(typing.get_origin(o) is tuple for o in options):
-        return tuple(tuple(v) if isinstance(v, list) else v for v in value)
+    inner = next((typing.get_args(o) for o in options if typing.get_origin(o) is tuple), None)
+    if isinstance(value, (list, tuple)) and inner:
+        hints = inner[:1] * len(value) if inner[-1] is Ellipsis else inner
+        return (
+            tuple(_coerce(v, h) for v, h in zip(value, hints, strict=True))
+            if len(hints) == len(value)
+            else tuple(value)
+        )
     if type(value) is int and float in options and int not in options:
         return float(value)
     return value

@@ -40,6 +40,7 @@ class MediaError(MmeffError, ValueError):
 
 def suggest(name: str, known: Iterable[str], *, limit: int = 3) -> str:
     """Return ` Did you mean ...?` for near matches of `name` among `known`, or an empty string."""
+    known = list(known)
     near = difflib.get_close_matches(name.lower(), [k.lower() for k in known], n=limit, cutoff=0.5)
     spelled = [k for n in near for k in known if k.lower() == n]
     return f" Did you mean {' or '.join(repr(s) for s in dict.fromkeys(spelled))}?" if spelled else ""

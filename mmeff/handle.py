@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from contextlib import ExitStack
 from types import TracebackType
 from typing import Any
 
@@ -44,11 +45,15 @@ class Host(ABC):
     @classmethod
     @abstractmethod
     def install(cls, model: Any, method: MethodConfig, handle: Handle) -> None:
-        """Install hooks and processors, passing each undo to `handle.on_remove`."""
+        """Install hooks and processors, passing each undo to `handle.on_remove`.
+
+        What is installed must refer to `handle`: that keeps it, and the claim on its stage, as long as the model lives, also
+        where the caller does not keep it.
+        """
 
     @classmethod
     @abstractmethod
-    def plan(cls, model: Any, method: MethodConfig, **sizes: Any) -> Plan:
+    def plan(cls, model: Any, method: MethodConfig, *args: Any, **sizes: Any) -> Plan:
         """The dry run; unknown sizes raise TypeError."""
 
 
@@ -67,11 +72,13 @@ class Handle:
         self.enabled = True
         self._model_name = describe_model(model)
         self._note = model_note(model)
-        self._undo: list[Callable[[], None]] = []
+        self._undo = ExitStack()
+        self._installed = False
         self._modules = host.modules(model)
         self._claim()
         try:
             host.install(model, method, self)
+            self._installed = True
         except BaseException:
             self.remove()
             raise
@@ -90,17 +97,22 @@ class Handle:
 
     def on_remove(self, undo: Callable[[], None]) -> None:
         """Register how to take back one thing that was installed."""
-        self._undo.append(undo)
+        self._undo.callback(undo)
 
     @property
     def installed(self) -> bool:
         """Whether the method is still on the model."""
-        return bool(self._undo)
+        return self._installed
 
     def remove(self) -> None:
-        """Take everything back, last installed first."""
-        while self._undo:
-            self._undo.pop()()
+        """Take everything back, last installed first. An undo that raises does not stop the others."""
+        try:
+            self._undo.close()
+        finally:
+            self._installed = False
+            self._release()
+
+    def _release(self) -> None:
         for module in self._modules:
             stages = _installed.get(module)
             mine = stages.get(self.host.stage) if stages else None
@@ -162,9 +174,10 @@ class HandleStack:
             handle.enabled = value
 
     def remove(self) -> None:
-        """Remove all, last installed first."""
-        for handle in reversed(self.handles):
-            handle.remove()
+        """Remove all, last installed first. One that raises does not stop the others."""
+        with ExitStack() as stack:
+            for handle in self.handles:
+                stack.callback(handle.remove)
 
     def reset(self) -> None:
         """Forget what all of them recorded."""

@@ -62,15 +62,17 @@ def _load() -> None:
     global _loaded
     if _loaded:
         return
-    _loaded = True
     for room in ROOMS:
         import_methods(room)
+    _loaded = True  # only now: a room that cannot be imported must fail each time, not leave half a registry
     for point in entry_points(group=GROUP):
         try:
-            point.load()
+            found = point.load()
+            if isinstance(found, type):  # "package.module:Class"
+                register(found)
         except (
             Exception
-        ) as error:  # a broken plugin must not take the library down; it is named wherever methods are listed
+        ) as error:  # a broken plugin must not take the library down; it is named where methods are listed
             _problems[f"{point.name} = {point.value}"] = f"{type(error).__name__}: {error}"
 
 

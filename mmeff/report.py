@@ -6,6 +6,7 @@ would happen.
 
 from __future__ import annotations
 
+import copy
 import platform
 import sys
 import time
@@ -137,7 +138,7 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types; `kept` as nested lists."""
-        plain = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        plain = {name: copy.deepcopy(getattr(self, name)) for name in self.__dataclass_fields__ if name != "kept"}
         plain["kept"] = {str(k): v.tolist() for k, v in self.kept.items()}
         plain["layers"] = {str(k): v for k, v in self.layers.items()}
         plain["steps"] = {str(k): v for k, v in self.steps.items()}
@@ -171,12 +172,12 @@ def make_report(recorder: Recorder, *, method: dict[str, Any], model: str, host:
     """Freeze a recorder into a report."""
     layers = {}
     for layer in sorted(recorder.calls):
-        densities = recorder.densities.get(layer, [])
+        densities = [float(d) for d in recorder.densities.get(layer, [])]
         layers[layer] = {
             **dict(recorder.calls[layer]),
             **({"density": sum(densities) / len(densities)} if densities else {}),
         }
-    every = [d for values in recorder.densities.values() for d in values]
+    every = [float(d) for values in recorder.densities.values() for d in values]
     return Report(
         method=method,
         model=model,

@@ -76,11 +76,13 @@ def read(
             it.
         BackendUnavailable: the named backend is not installed, or none is.
         ValueError: more than one way of sampling, or a value out of range.
-    Numerics: rates are compared as fractions with denominators up to 1001, so 29.97 means 30000/1001.
+    Numerics: rates from 1 fps on are compared as fractions with denominators up to 1001, so 29.97 means 30000/1001.
     """
     given = [name for name, v in (("indices", indices), ("num_frames", num_frames), ("fps", fps)) if v is not None]
     if len(given) > 1:
         raise ValueError(f"read takes one of indices, num_frames and fps, got {' and '.join(given)}; drop all but one")
+    if indices is not None and len(indices) == 0:
+        raise ValueError("indices must name at least one frame, got none; leave it out to read all frames")
     if num_frames is not None:
         _positive("num_frames", num_frames, whole=True)
     if fps is not None:
@@ -135,10 +137,16 @@ def at_rate(count: int, native_fps: float, fps: float) -> list[int]:
     Frame i is taken to be shown from i / native_fps on, with the mean rate of the file; where the rate varies, the
     timestamps of `Video` tell the true times. At or above the native rate every frame is returned once.
     """
-    step = Fraction(native_fps).limit_denominator(1001) / Fraction(fps).limit_denominator(1001)
+    step = _rate(native_fps) / _rate(fps)
     if step <= 1:
         return list(range(count))
     return [int(k * step) for k in range(int((count - 1) / step) + 1)]
+
+
+def _rate(fps: float) -> Fraction:
+    """The rate that a float stands for: 29.97 is 30000/1001. Below a frame per second it is taken as it is."""
+    exact = Fraction(float(fps))
+    return exact.limit_denominator(1001) if exact >= 1 else exact
 
 
 def backends() -> dict[str, str | None]:
@@ -160,8 +168,6 @@ def _existing_file(path: str | os.PathLike[str], kind: str) -> Path:
 
 def _checked(indices: Sequence[int], count: int, path: Path) -> list[int]:
     chosen = [int(i) for i in indices]
-    if not chosen:
-        raise ValueError("indices must name at least one frame, got none; leave it out to read all frames")
     outside = [i for i in chosen if not 0 <= i < count]
     if outside:
         raise MediaError(
@@ -226,7 +232,7 @@ def write(path: str | os.PathLike[str], frames: Any, fps: float = 8, *, crf: int
     with replacing(path) as partial_path, av.open(str(partial_path), "w") as container:
         # x264 would make several threads for each clip; these clips are small, and workers share the cores
         options = {"crf": str(crf), "preset": "medium", "threads": "2"}
-        stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001), options=options)
+        stream = container.add_stream("libx264", rate=_rate(fps), options=options)
         stream.height, stream.width = video.shape[1:3]
         stream.pix_fmt = "yuv420p"
         # BT.601, and said so: readers that ignore the tag assume it

@@ -646,3 +646,79 @@ def test_reports_name_model_and_note():
 def test_configs_are_written_where_asked(tmp_path):
     path: Path = tmp_path / "x.yaml"
     assert Adder().to_yaml() == Adder().to_yaml(path) == path.read_text()
+
+
+# --- what must not be half done ----------------------------------------------------------------------------------------
+
+
+def test_one_undo_that_raises_does_not_stop_the_others(toy):
+    def broken():
+        raise OSError("broken undo")
+
+    stack = mmeff.accelerate(toy, ["adder", "scaler"])
+    stack.handles[1].on_remove(broken)
+    with pytest.raises(OSError, match="broken undo"):
+        stack.remove()
+    assert toy(1) == 2
+    with mmeff.accelerate(toy, ["adder", "scaler"]):
+        assert toy(1) == 23
+
+
+def test_a_room_that_cannot_be_imported_fails_every_time(monkeypatch):
+    def broken(room):
+        raise ImportError(room)
+
+    monkeypatch.setattr(registry, "_loaded", False)
+    monkeypatch.setattr(registry, "import_methods", broken)
+    for _ in range(2):
+        with pytest.raises(ImportError, match=r"mmeff\.pruning"):
+            registry.all_methods()
+
+
+def test_a_host_that_cannot_be_imported_fails_every_time(monkeypatch):
+    def load(name):
+        if name == "mmeff.diffusion_attn.hosts":
+            raise ImportError(name)
+        return importlib.import_module(name)
+
+    monkeypatch.setattr(verbs, "_hosts", [])
+    monkeypatch.setattr(verbs, "importlib", SimpleNamespace(import_module=load))
+    for _ in range(2):
+        with pytest.raises(ImportError, match="diffusion_attn"):
+            verbs.hosts()
+
+
+def test_integers_become_floats_inside_tuples_too():
+    @dataclass(frozen=True, kw_only=True)
+    class Ratios(MethodConfig):
+        values: tuple[float, ...] = (1.0,)
+        pair: tuple[float, int] | None = None
+
+    method = Ratios(values=[1, 0.5], pair=[2, 3])
+    assert (method.values, method.pair) == ((1.0, 0.5), (2.0, 3))
+    assert [type(v) for v in (*method.values, *method.pair)] == [float, float, float, int]
+    with pytest.raises(TypeError, match=r"Ratios\.pair must be tuple of float, int or None"):
+        Ratios(pair=[1])
+
+
+def test_plan_takes_fields_beside_a_config(toy):
+    assert mmeff.plan(toy, Adder(weight=3.0), amount=4, height=2).method == Adder(weight=3.0, amount=4).to_dict()
+
+
+def test_an_entry_point_may_name_a_class_that_does_not_register_itself(install_plugins, tmp_path):
+    install_plugins(plain=PLUGIN.format(name="Plain").replace("@register\n", ""))
+    points = tmp_path / "mmeff_test_plugins-1.0.dist-info/entry_points.txt"
+    points.write_text("[mmeff.methods]\nplain = mmeff_test_plain:Plain\n")
+    assert registry.get("plain").__name__ == "Plain"
+
+
+def test_suggest_takes_an_iterator():
+    assert suggest("fastw", iter(["FastV"])) == " Did you mean 'FastV'?"
+
+
+def test_a_dictionary_of_a_report_is_a_copy():
+    recorder = Recorder()
+    recorder.call(0, SPARSE)
+    report = make_report(recorder, method={"method": "adder"}, model="Toy", host="toy")
+    report.to_dict()["calls"][SPARSE] = 99
+    assert report.calls[SPARSE] == 1

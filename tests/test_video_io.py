@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from contextlib import contextmanager
 from fractions import Fraction
 from types import SimpleNamespace
 
@@ -101,6 +102,9 @@ def test_spread_of_one_is_the_middle_and_of_too_many_repeats():
         (61, 30, 1, [0, 30, 60]),
         (1, 8, 2, [0]),
         (5, 30, 0.01, [0]),
+        (5, 30, 1e-6, [0]),
+        (9, 2, 0.5, [0, 4, 8]),
+        (90, 0.1, 0.05, list(range(0, 90, 2))),
     ],
 )
 def test_at_rate(count, native, fps, expected):
@@ -134,6 +138,36 @@ def test_written_colours_survive(media, backend):
     got = video_io.read(media / "plain.mp4", backend=backend).frames.astype(int)
     assert np.abs(got - clip())[:, :, 40:].mean() < 4  # 4:2:0 softens the bar's edges, and nothing else
     assert np.abs(got[0, 30:, 60:] - 20).max() <= 2
+
+
+@each_backend
+def test_saturated_colours_survive(tmp_path, backend):
+    need(backend)
+    colours = np.array([[255, 0, 0], [0, 255, 0], [0, 0, 255], [240, 50, 230], [20, 90, 200]], np.uint8)
+    frames = np.broadcast_to(colours[:, None, None], (5, 32, 32, 3))
+    got = video_io.read(video_io.write(tmp_path / "flat.mp4", frames), backend=backend).frames
+    assert np.abs(got.astype(int) - frames).max() <= 4  # the wrong colour matrix is off by 20 and more
+
+
+def test_pyav_jumps_to_keyframes_instead_of_decoding_everything(media, monkeypatch):
+    decoded = []
+    opened = video_readers._PyAV._open
+
+    @contextmanager
+    def counting(self):
+        with opened(self) as (container, stream):
+
+            def decode(stream):
+                for frame in container.decode(stream):
+                    decoded.append(frame.pts)
+                    yield frame
+
+            yield SimpleNamespace(decode=decode, seek=container.seek, demux=container.demux), stream
+
+    monkeypatch.setattr(video_readers._PyAV, "_open", counting)
+    video = video_io.read(media / "gops.mp4", indices=[1, 19], backend="pyav")
+    assert [level(f) for f in video.frames] == [1, 19]
+    assert len(decoded) <= 2 + 6  # a group of pictures has 6 frames
 
 
 @each_backend
@@ -320,7 +354,7 @@ def test_a_frame_lost_to_truncation_is_named(tmp_path, media):
         ({"num_frames": 2.5}, "num_frames must be a positive integer, got 2.5"),
         ({"fps": -1}, "fps must be a positive number, got -1"),
         ({"fps": float("nan")}, "fps must be a positive number, got nan"),
-        ({"indices": []}, "indices must name at least one frame"),
+        ({"indices": []}, "^indices must name at least one frame"),
         ({"backend": "decorb"}, r"one of torchcodec, pyav, decord, opencv, got 'decorb'\. Did you mean 'decord'\?"),
     ],
 )

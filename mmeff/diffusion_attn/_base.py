@@ -59,8 +59,10 @@ class SparseAttention(MethodConfig, ABC):
         "layers that run dense: a number n means the first n; a list names them, negative ones from the end",
         unit="layers",
     )
-    backend: Literal["auto", "gather", "native", "triton", "sdpa", "reference"] = option(
-        "auto", "kernel backend of the sparse calls; a named one runs or raises, auto takes the fastest"
+    backend: Literal["auto", "gather", "sdpa", "reference"] = option(
+        "auto",
+        "kernel backend of the sparse calls; a named one runs or raises, auto takes the fastest",
+        source="mmeff.kernels",
     )
 
     def __post_init__(self) -> None:

@@ -58,7 +58,7 @@ def load(source: str, *, device: str = "auto", dtype: str = "auto") -> Loaded:
     if kind == "video":
         from diffusers import DiffusionPipeline
 
-        pipeline = DiffusionPipeline.from_pretrained(source, torch_dtype=chosen, use_safetensors=True)
+        pipeline = DiffusionPipeline.from_pretrained(source, dtype=chosen, use_safetensors=True)
         if Path(source).is_dir() and (Path(source) / "transformer" / "position_table.safetensors").is_file():
             pipeline = tiny.load_video(source)
         return Loaded(kind="video", model=pipeline.to(device), source=source)

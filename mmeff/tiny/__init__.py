@@ -60,7 +60,7 @@ def load_video(folder: str | Path, *, device: str = "cpu") -> Any:
 
     from mmeff.tiny.video_model import attach_if_present
 
-    pipeline = WanPipeline.from_pretrained(folder, torch_dtype=torch.float32)
+    pipeline = WanPipeline.from_pretrained(folder, dtype=torch.float32)
     if not attach_if_present(pipeline, folder):
         raise FileNotFoundError(
             f"{folder} holds no transformer/position_table.safetensors; it is not a tiny video model"

@@ -187,7 +187,7 @@ class _ContextReceiver(ModelHook):
 
     def __init__(self) -> None:
         super().__init__()
-        self.manager = StateManager(BaseState)  # type: ignore[arg-type]  # diffusers annotates the instance, wants the class
+        self.manager = StateManager(BaseState)  # diffusers annotates the instance, wants the class
 
     @property
     def context(self) -> Any:

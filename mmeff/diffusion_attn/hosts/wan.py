@@ -76,7 +76,7 @@ class WanHost(Host):
                 _replace(block.attn1, SparseWanProcessor(block.attn1.processor, layer, session), handle)
 
     @classmethod
-    def plan(  # type: ignore[override]  # the sizes that this host takes, by name
+    def plan(
         cls,
         model: Any,
         method: MethodConfig,

@@ -67,7 +67,7 @@ class LanguagePruner:
     def begin(
         self, *, cache: Any, visual: torch.Tensor | None, real: torch.Tensor | None, batch: int, length: int,
         device: torch.device, reason: str | None,
-    ) -> None:  # fmt: skip
+    ) -> Pass:  # fmt: skip
         """Start a pass. `reason` says why this pass must not prune although it has visual tokens, or is None.
 
         Raises:
@@ -94,6 +94,7 @@ class LanguagePruner:
             alive=torch.ones(batch, length, dtype=torch.bool, device=device),
             counts=visual.sum(dim=1),
         )
+        return self.now
 
     def end(self) -> Pass | None:
         """Close the pass; returns it for the record."""
@@ -163,7 +164,7 @@ class LanguagePruner:
         from mmeff.pruning.hosts._ledger import PrunedLayer
 
         cache = now.cache
-        ledger = cache.layers[index] if cache is not None and index < len(cache.layers) else None
+        ledger: Any = cache.layers[index] if cache is not None and index < len(cache.layers) else None
         if now.changed and cache is not None and not isinstance(ledger, PrunedLayer):
             from transformers.cache_utils import DynamicLayer
 

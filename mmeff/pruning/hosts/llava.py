@@ -143,11 +143,13 @@ class _Session:
 
     def _before(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         ids = kwargs.get("input_ids", args[0] if args else None)
-        embeds = kwargs.get("inputs_embeds")
-        tokens = ids if ids is not None else embeds
+        tokens: Any = ids if ids is not None else kwargs.get("inputs_embeds")
+        if tokens is None:
+            return  # the model complains about it in its own words
         batch, length = tokens.shape[:2]
         seen = kwargs.get("pixel_values") is not None or bool(kwargs.get("mm_encoder_outputs"))
-        mask, cache = kwargs.get("attention_mask"), kwargs.get("past_key_values")
+        mask: Any = kwargs.get("attention_mask")
+        cache = kwargs.get("past_key_values")
         visual = None
         reason = self._why_dense(ids, mask, kwargs) if seen else None
         if seen:
@@ -157,11 +159,11 @@ class _Session:
                 else torch.zeros(batch, length, dtype=torch.bool, device=tokens.device)
             )
         real = mask[:, -length:].bool() if torch.is_tensor(mask) and mask.ndim == 2 else None
-        self.pruner.begin(
+        now = self.pruner.begin(
             cache=cache, visual=visual, real=real, batch=batch, length=length, device=tokens.device, reason=reason
         )
-        if self.pruner.now.base and real is not None:
-            self.pruner.now.past_real = mask[:, : self.pruner.now.base].bool()
+        if now.base and real is not None:
+            now.past_real = mask[:, : now.base].bool()
         self._phase = "prefill" if length > 1 else "decode"
         self.handle.recorder.forwards += seen
         self._clock.enter_context(self.handle.recorder.time(self._phase, tokens.device))
