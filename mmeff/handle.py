@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -210,6 +211,8 @@ def describe_model(model: Any) -> str:
     where = getattr(config, "_name_or_path", "") or getattr(model, "name_or_path", "")
     if not where and config is not None and hasattr(config, "get"):
         where = config.get("_name_or_path", "") or ""
+    if os.path.isabs(where):  # a folder of this machine means nothing on another one; its name does
+        where = os.path.basename(os.path.normpath(where))
     return f"{type(model).__name__} ({where})" if where else type(model).__name__
 
 

@@ -6,6 +6,7 @@ decoders' own samplers disagree. Nothing here is loaded before it is used: impor
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -76,7 +77,7 @@ def read(
             it.
         BackendUnavailable: the named backend is not installed, or none is.
         ValueError: more than one way of sampling, or a value out of range.
-    Numerics: rates from 1 fps on are compared as fractions with denominators up to 1001, so 29.97 means 30000/1001.
+    Numerics: rates are compared as fractions with denominators up to 1001, so that rounding errors move no sample.
     """
     given = [name for name, v in (("indices", indices), ("num_frames", num_frames), ("fps", fps)) if v is not None]
     if len(given) > 1:
@@ -140,13 +141,15 @@ def at_rate(count: int, native_fps: float, fps: float) -> list[int]:
     step = _rate(native_fps) / _rate(fps)
     if step <= 1:
         return list(range(count))
-    return [int(k * step) for k in range(int((count - 1) / step) + 1)]
+    return [int(k * step) for k in range(math.ceil(count / step))]
 
 
 def _rate(fps: float) -> Fraction:
-    """The rate that a float stands for: 29.97 is 30000/1001. Below a frame per second it is taken as it is."""
-    exact = Fraction(float(fps))
-    return exact.limit_denominator(1001) if exact >= 1 else exact
+    """The fraction nearest to a float rate, so that its rounding error can never move a sample by a frame."""
+    value = float(fps)
+    if 0 < value < 1:  # frames that last several seconds: round the duration
+        return 1 / Fraction(1 / value).limit_denominator(1001)
+    return Fraction(value).limit_denominator(1001)  # 1001: the denominator of the NTSC rates
 
 
 def backends() -> dict[str, str | None]:

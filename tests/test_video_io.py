@@ -103,6 +103,8 @@ def test_spread_of_one_is_the_middle_and_of_too_many_repeats():
         (1, 8, 2, [0]),
         (5, 30, 0.01, [0]),
         (5, 30, 1e-6, [0]),
+        (300, 10, 0.1, [0, 100, 200]),
+        (300, 30000 / 1001, 1.5, [0, 19, 39, 59, 79, 99, 119, 139, 159, 179, 199, 219, 239, 259, 279, 299]),
         (9, 2, 0.5, [0, 4, 8]),
         (90, 0.1, 0.05, list(range(0, 90, 2))),
     ],
@@ -265,8 +267,8 @@ def test_lower_crf_is_closer(tmp_path):
 
 
 def test_fractional_rates_survive(tmp_path):
-    file = video_io.write(tmp_path / "ntsc.mp4", clip(12), fps=29.97)
-    assert video_io.read(file, backend="pyav").fps == pytest.approx(30000 / 1001, rel=1e-4)
+    file = video_io.write(tmp_path / "ntsc.mp4", clip(12), fps=30000 / 1001)
+    assert video_io.read(file, backend="pyav").fps == pytest.approx(30000 / 1001, rel=1e-6)
 
 
 # ---------------------------------------------------------------- refusals

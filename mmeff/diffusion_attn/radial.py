@@ -123,9 +123,9 @@ class Radial(SparseAttention):
         self.check_grid(grid, text_len)
         F, H, W = grid
         tokens = F * H * W + text_len
-        layout = BlockLayout.from_block_mask(
-            self._block_mask(F, H * W, text_len), q_len=tokens, kv_len=tokens, q_block=self.block, kv_block=self.block
-        )
+        with torch.device("cpu"):  # whatever the default device is: hundreds of small operations
+            mask = self._block_mask(F, H * W, text_len)
+        layout = BlockLayout.from_block_mask(mask, q_len=tokens, kv_len=tokens, q_block=self.block, kv_block=self.block)
         return layout if q is None else layout.to(q.device)
 
     def _window(self, distance: int, N: int) -> int:
@@ -159,7 +159,7 @@ class Radial(SparseAttention):
             distance = (frame - i).abs()
             lo, hi, W = first[rows, None], last[rows, None], window[distance]
             # A key column of the pair keeps the rows within W of it. How many columns keep at least t rows needs no
-            # matrix: they are the columns in [lo - W + t - 1, hi + W - t + 1], because t <= rows <= B <= 2W + 1.
+            # matrix: they are the columns in [lo - W + t - 1, hi + W - t + 1], because t <= rows <= min(B, N) <= W.
             third = torch.div(hi - lo + 1, 3, rounding_mode="floor")  # t - 1 for "more than a third of the rows"
             touched = _overlap(first, last, lo - W, hi + W)
             dense = _overlap(first, last, lo - W + third, hi + W - third)

@@ -108,7 +108,7 @@ def compare(
 
         result = compare_vlm(model_or_pipeline, processor, configs, inputs, folder=folder, tick=tick, **settings)
     if folder is not None:
-        finish(folder, [result], title=f"Dense against {', '.join(c.name() for c in configs)}")
+        finish(folder, [result], title=f"Dense against {', '.join(dict.fromkeys(c.name() for c in configs))}")
     return result
 
 

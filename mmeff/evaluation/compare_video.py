@@ -173,9 +173,9 @@ def _pages(
     figures = []
     for name in names[1:]:
         for what, layout in plans[name].layouts.items():
-            picture = density_map(layout, frames=_frames(plans[name]), title=f"{name}: blocks that are computed")
+            picture = density_map(layout, frames=_frames(plans[name]), title=name)
             folder.write_image(f"pictures/density-{slug(name)}.png", picture)
-            caption = f"{name}, {what}: rows are query blocks, columns key blocks, lines frame borders."
+            caption = f"{name}, {what}: the blocks that are computed. Lines are frame borders."
             figures.append(Figure(image=picture, alt=f"Block map of {name}", caption=caption))
     phases = {}
     for name in names:

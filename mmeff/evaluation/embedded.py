@@ -49,7 +49,7 @@ def run(
     """
     folder = RunFolder(out, overwrite=overwrite)
     began = time.perf_counter()
-    radial = build("radial", **TINY_RADIAL, decay=0.5, dense_steps=VIDEO["num_inference_steps"] // 4)
+    radial = build("radial", **TINY_RADIAL, dense_steps=VIDEO["num_inference_steps"] // 4)
     pipeline = tiny.video_pipeline()
     video = compare_video(pipeline, [radial], PROMPTS, folder=folder, tick=tick, **VIDEO)
     del pipeline

@@ -58,9 +58,11 @@ def load(source: str, *, device: str = "auto", dtype: str = "auto") -> Loaded:
     if kind == "video":
         from diffusers import DiffusionPipeline
 
+        from mmeff.tiny.video_model import attach_if_present
+
         pipeline = DiffusionPipeline.from_pretrained(source, dtype=chosen, use_safetensors=True)
-        if Path(source).is_dir() and (Path(source) / "transformer" / "position_table.safetensors").is_file():
-            pipeline = tiny.load_video(source)
+        if attach_if_present(pipeline, source):  # a folder that `mmeff train tiny-video` wrote
+            pipeline.mmeff_note = tiny.NOTE
         return Loaded(kind="video", model=pipeline.to(device), source=source)
     from transformers import AutoModelForImageTextToText, AutoProcessor
 

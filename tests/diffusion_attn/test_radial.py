@@ -249,6 +249,12 @@ def test_layout_goes_to_the_device_of_q():
     assert Radial(block=4).layout(grid=(4, 4, 4), q=q).device.type == "meta"
 
 
+def test_layout_does_not_follow_the_default_device():
+    with torch.device("meta"):
+        layout = Radial(block=4).layout(grid=(4, 4, 4))
+    assert layout.device.type == "cpu" and layout.density > 0
+
+
 def test_two_resolutions_from_one_config():
     method = Radial(block=16)
     small, large = method.layout(grid=(4, 8, 8)), method.layout(grid=(4, 8, 12))

@@ -117,7 +117,10 @@ def test_gradients_reach_the_weights_through_the_mask():
 
     with mmeff.accelerate(model, SPARSE, backend="gather") as handle:
         with torch.inference_mode():
-            model(*inputs)  # the layout that is kept from here must serve training
+            model(*inputs)
+        (of_grid,) = model.blocks[0].attn1.processor.session._layouts.values()
+        (kept,) = of_grid.values()  # made while sampling, it must serve training too
+        assert not kept.layout.col_idx.is_inference()
         sparse = gradient()
     for block in model.blocks:
         block.attn1.set_processor(MaskedProcessor(SPARSE.layout(grid=(3, 6, 6)).to_dense_mask()))
