@@ -12,6 +12,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from enum import IntEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -447,8 +448,8 @@ def train_tiny_vlm(
     from mmeff.tiny import train_vlm
     from mmeff.tiny.export import export_vlm
 
-    budget = {"see_steps": see_steps, "read_steps": read_steps, "join_steps": join_steps}
-    recipe = train_vlm.VlmRecipe(seed=seed, **{k: v for k, v in budget.items() if v is not None})
+    budget: dict[str, Any] = {"see_steps": see_steps, "read_steps": read_steps, "join_steps": join_steps}
+    recipe = replace(train_vlm.VlmRecipe(seed=seed), **{k: v for k, v in budget.items() if v is not None})
     net = train_vlm.train(recipe, work, progress=_print_step)
     export_vlm(net, out)
     gate = gates.vlm_gate(out, say=print)
@@ -472,8 +473,8 @@ def train_tiny_video(
     from mmeff.tiny import train_video
     from mmeff.tiny.export import export_video
 
-    budget = {"frame_steps": frame_steps, "clip_steps": clip_steps}
-    recipe = train_video.VideoRecipe(seed=seed, **{k: v for k, v in budget.items() if v is not None})
+    budget: dict[str, Any] = {"frame_steps": frame_steps, "clip_steps": clip_steps}
+    recipe = replace(train_video.VideoRecipe(seed=seed), **{k: v for k, v in budget.items() if v is not None})
     student = train_video.train(recipe, work, progress=_print_step)
     export_video(student, out)
     gate = gates.video_gate(out, say=print)

@@ -257,5 +257,5 @@ class Plan:
         width = max((len(name) for name, _ in self.rows), default=0)
         lines = [f"{self.method['method']}({settings})", f"  on {self.model} through the {self.host} host"]
         lines += [f"  {name.ljust(width)}  {value}" for name, value in self.rows]
-        lines += [f"  would run dense: {reason}" for reason in self.fallbacks]
+        lines += [f"  note: {reason}" for reason in self.fallbacks]
         return "\n".join(lines)

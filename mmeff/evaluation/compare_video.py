@@ -56,7 +56,7 @@ def compare_video(
     if not texts or not all(isinstance(t, str) and t.strip() for t in texts):
         raise ValueError(f"compare needs at least one prompt, none empty, got {prompts!r}")
     sizes = {"height": height, "width": width, "num_frames": num_frames, "num_inference_steps": num_inference_steps}
-    call = {**sizes, "guidance_scale": guidance_scale, "max_sequence_length": max_sequence_length}
+    call: dict[str, Any] = {**sizes, "guidance_scale": guidance_scale, "max_sequence_length": max_sequence_length}
     if negative_prompt is not None:
         call["negative_prompt"] = negative_prompt
     names = ["dense", *variant_names(methods)]
@@ -80,7 +80,7 @@ def compare_video(
         for name in names:
             tick(f"warming up {name}", done, total)
             run(name, texts[0], seed, num_inference_steps=min(2, num_inference_steps))
-    videos: dict[str, list[np.ndarray]] = {name: [None] * len(texts) for name in names}
+    videos: dict[str, list[Any]] = {name: [None] * len(texts) for name in names}
     seconds: dict[str, list[float]] = {name: [] for name in names}
     reports: dict[str, Report] = {}
     for i, text in enumerate(texts):

@@ -101,7 +101,7 @@ def compare_vlm(
                 reports[name] = report
         for name in names[1:]:
             kept[name].append(reports[name].kept)
-    measured = {}
+    measured: dict[str, dict[str, Any]] = {}
     for name in names:
         spent_in = {phase: float(np.median(values)) for phase, values in phases[name].items()}
         spent_in["prefill"] = max(0.0, spent_in["prefill"] - spent_in["selection"])

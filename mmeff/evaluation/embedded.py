@@ -29,7 +29,7 @@ from mmeff.tiny import clips
 from mmeff.video_io import read_image
 
 PROMPTS = ("a red square moving left", "a cyan ring moving down", "a yellow cross moving right")
-VIDEO = {
+VIDEO: dict[str, Any] = {
     "height": clips.SIZE, "width": clips.SIZE, "num_frames": clips.FRAMES, "num_inference_steps": 20,
     "guidance_scale": 2.0, "max_sequence_length": 16,
 }  # fmt: skip
@@ -132,7 +132,7 @@ def kernel_section(*, tick: Tick) -> tuple[Section, list[dict[str, Any]]]:
     cases = [((5, 30, 52), 128), ((9, 30, 52), 128)]
     for n, (grid, block) in enumerate(cases):
         tick(f"attention alone, grid {grid}", n, len(cases))
-        radial = build("radial", block=block, dense_steps=0, dense_layers=0, decay=0.2)
+        radial: Any = build("radial", block=block, dense_steps=0, dense_layers=0, decay=0.2)
         tokens = int(np.prod(grid))
         layout = radial.layout(grid=grid)
         q, k, v = (torch.randn(1, tokens, 1, 64, generator=torch.Generator().manual_seed(i)) for i in range(3))
@@ -140,7 +140,9 @@ def kernel_section(*, tick: Tick) -> tuple[Section, list[dict[str, Any]]]:
         with torch.inference_mode():
             for turn in range(4):
                 began = time.perf_counter()
-                torch.nn.functional.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)))
+                torch.nn.functional.scaled_dot_product_attention(
+                    q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+                )
                 middle = time.perf_counter()
                 with record() as calls:
                     block_sparse_attention(q, k, v, layout)

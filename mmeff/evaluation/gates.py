@@ -29,7 +29,7 @@ def class_attention(net: Any, pixels: torch.Tensor, draw: np.random.Generator) -
     attention = tower.encoder.layers[net.config.vision_feature_layer].self_attn
 
     def capture(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
-        hidden = kwargs.get("hidden_states", args[0] if args else None)
+        hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
         heads = module.num_heads
         q = module.q_proj(hidden[:, :1]).unflatten(-1, (heads, -1)).transpose(1, 2)
         k = module.k_proj(hidden).unflatten(-1, (heads, -1)).transpose(1, 2)

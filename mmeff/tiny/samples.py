@@ -35,7 +35,7 @@ def write(folder: str | Path) -> None:
     drawn = scenes.sample(SEED, 0, 16)
     for name, b in PICTURES.items():
         picture = Image.fromarray((drawn.images[b] * 255).round().astype(np.uint8))
-        picture.save(folder / name, **({"quality": 95} if name.endswith("jpg") else {}))
+        picture.save(folder / name, quality=95)  # PNG has no quality and takes no notice
         questions = scenes.ask(drawn, b, np.random.default_rng(SEED), 40)
         manifest[name] = {
             "generator": "mmeff.tiny.scenes.sample", "seed": SEED, "index": 0, "scene": b,

@@ -60,7 +60,9 @@ class Eye(nn.Module):
         self.centre = nn.Linear(dim, 1)
         self.whole = nn.ModuleList(nn.Linear(dim, len(scenes.COLOURS) * len(scenes.SHAPES)) for _ in range(2))
 
-    def forward(self, states: tuple[torch.Tensor, ...], truth: dict[str, torch.Tensor]) -> tuple[torch.Tensor, dict]:
+    def forward(
+        self, states: tuple[torch.Tensor, ...], truth: dict[str, torch.Tensor]
+    ) -> tuple[torch.Tensor, dict[str, float]]:
         """The summed loss, and accuracies for the log."""
         feature = states[-2]
         patches = feature[:, 1:]

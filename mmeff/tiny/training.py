@@ -97,7 +97,8 @@ def split_matrices(
     named: Iterable[tuple[str, nn.Parameter]], is_matrix: Callable[[str], bool]
 ) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     """Two lists of trainable parameters: 2-D ones whose name satisfies `is_matrix`, and the rest."""
-    matrices, others = [], []
+    matrices: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
     for name, parameter in named:
         if parameter.requires_grad:
             (matrices if parameter.ndim == 2 and is_matrix(name) else others).append(parameter)

@@ -119,6 +119,8 @@ class PositionTable(nn.Module):
     A grid other than the table's own is served by trilinear interpolation of the table.
     """
 
+    table: torch.Tensor
+
     def __init__(self, table: torch.Tensor) -> None:
         super().__init__()
         self.register_buffer("table", table)  # (C, F, H, W)
