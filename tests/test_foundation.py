@@ -438,7 +438,7 @@ def test_plan_prints_rows_and_reasons(toy):
     assert str(plan).splitlines()[1:] == [
         "  on Toy through the toy-adding host",
         "  height  3",
-        "  would run dense: layer 0 is too small",
+        "  note: layer 0 is too small",
     ]
     assert json.loads(json.dumps(plan.to_dict()))["density"] == 0.25
     assert toy(1) == 2
