@@ -11,7 +11,7 @@ import torch
 
 import mmeff
 from mmeff.config import MethodConfig
-from mmeff.evaluation.compare import Comparison, Tick, silent, slug, variant_names
+from mmeff.evaluation.comparison import Comparison, Tick, silent, slug, variant_names
 from mmeff.evaluation.metrics import background_corrected_psnr, background_shift, latency, psnr, ssim
 from mmeff.evaluation.page import Figure, Listing, Section, Table, Videos
 from mmeff.evaluation.pictures import density_map, side_by_side, strip, time_split

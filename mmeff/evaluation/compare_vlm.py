@@ -10,7 +10,7 @@ import numpy as np
 
 import mmeff
 from mmeff.config import MethodConfig
-from mmeff.evaluation.compare import Comparison, Tick, silent, slug, variant_names
+from mmeff.evaluation.comparison import Comparison, Tick, silent, slug, variant_names
 from mmeff.evaluation.metrics import latency
 from mmeff.evaluation.page import Figure, Listing, Section, Table
 from mmeff.evaluation.pictures import kept_overlay, time_split

@@ -14,9 +14,9 @@ import torch
 
 import mmeff
 from mmeff import tiny
-from mmeff.evaluation.compare import Comparison, Tick, finish, silent
 from mmeff.evaluation.compare_video import compare_video
 from mmeff.evaluation.compare_vlm import compare_vlm
+from mmeff.evaluation.comparison import Comparison, Tick, finish, silent
 from mmeff.evaluation.gates import TINY_RADIAL
 from mmeff.evaluation.metrics import latency
 from mmeff.evaluation.page import Figure, Section, Table

@@ -9,7 +9,8 @@ import pytest
 import mmeff
 from mmeff import tiny
 from mmeff.diffusion_attn import Radial
-from mmeff.evaluation.compare import resolve, variant_names
+from mmeff.evaluation.compare import resolve
+from mmeff.evaluation.comparison import variant_names
 from mmeff.evaluation.embedded import VIDEO, sample_questions
 from mmeff.pruning import FastV
 
