@@ -309,9 +309,10 @@ def _pictures(images: list[Path] | None, video: Path | None, count: int) -> list
 
 
 def _print_table(result: Any) -> None:
-    table = Table(*result.columns, title=result.model, caption=result.note or None)
-    for row in result.rows:
-        table.add_row(*("" if c is None else str(c) for c in row))
+    """Variants as columns: the list of figures is long, and terminals are narrow."""
+    table = Table("", *(str(row[0]) for row in result.rows), title=result.model, caption=result.note or None)
+    for i, figure in enumerate(result.columns[1:], start=1):
+        table.add_row(figure, *("" if row[i] is None else str(row[i]) for row in result.rows))
     out_console.print(table)
     for name in result.idle:
         err_console.print(f"{name} accelerated nothing", style="red")
@@ -445,6 +446,7 @@ def main() -> None:
 
 def _quiet_libraries() -> None:
     """Loading bars and deprecation notices of the model libraries drown a command's own output."""
+    os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
