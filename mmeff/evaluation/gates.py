@@ -173,8 +173,8 @@ stage 3 everything together. Muon and AdamW, one seed.
 
 ## What it cannot tell you
 
-* In stage 2 and in half of the batches of stage 3 the language model saw only {recipe.join_tokens} or so of 144 tokens, those on
-  objects first. The model was trained to tolerate pruning that keeps objects.
+* In stage 2 and in half of the batches of stage 3 the language model saw only {", ".join(map(str, sorted({recipe.read_tokens, *recipe.join_tokens})))} of
+  144 tokens, those on objects first. The model was trained to tolerate pruning that keeps objects.
 * Held-out means the same generator with another seed: there is no distribution shift.
 * It has 144 tokens and 128 channels: neither its speed nor its ranking of methods transfers to real models. Use it to
   check code and the shape of cost curves.
