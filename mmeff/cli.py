@@ -310,10 +310,12 @@ def _pictures(images: list[Path] | None, video: Path | None, count: int) -> list
 
 def _print_table(result: Any) -> None:
     """Variants as columns: the list of figures is long, and terminals are narrow."""
-    table = Table("", *(str(row[0]) for row in result.rows), title=result.model, caption=result.note or None)
+    table = Table("", *(str(row[0]) for row in result.rows), title=result.model, title_justify="left")
     for i, figure in enumerate(result.columns[1:], start=1):
         table.add_row(figure, *("" if row[i] is None else str(row[i]) for row in result.rows))
     out_console.print(table)
+    if result.note:
+        out_console.print(result.note, style="dim")
     for name in result.idle:
         err_console.print(f"{name} accelerated nothing", style="red")
 

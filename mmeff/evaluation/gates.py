@@ -57,7 +57,12 @@ def vlm_gate(folder: str | Path, *, held_out: int = 2000, pruning: int = 1536, s
     say(f"held out: {held.exact_match:.4f} of {held.questions}")
     with torch.inference_mode():
         dense = train_vlm.evaluate(model, seed=scenes.PRUNING_SEED, count=pruning)
-        randomly = train_vlm.evaluate(model, seed=scenes.PRUNING_SEED, count=pruning, policy=train_vlm.random_quarter)
+        randomly = train_vlm.evaluate(
+            model,
+            seed=scenes.PRUNING_SEED,
+            count=pruning,
+            policy=train_vlm.random_tokens(round(KEEP * vlm_model.VISUAL)),
+        )
         by_class = train_vlm.evaluate(model, seed=scenes.PRUNING_SEED, count=pruning, policy=class_attention)
     say(
         f"at the input: dense {dense['exact_match']:.4f}, random {randomly['exact_match']:.4f}, class token {by_class['exact_match']:.4f}"

@@ -24,6 +24,8 @@ from torch import nn
 from mmeff.tiny import scenes, training, vlm_model
 
 SEGMENT = 10  # tokens of one packed question with its answer and end mark
+Policy = Callable[[Any, torch.Tensor, np.random.Generator], torch.Tensor | None]
+
 FIRST = 1 + vlm_model.VISUAL  # position of a question's first token
 EOS, PAD = vlm_model.SPECIAL.index("</s>"), vlm_model.SPECIAL.index("<pad>")
 
@@ -186,9 +188,13 @@ def some_tokens(on_object: torch.Tensor, count: int, rng: np.random.Generator, *
     return (noise + bias * on_object).topk(count, dim=1).indices.sort(dim=1).values
 
 
-def random_quarter(net: Any, pixels: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
-    """A policy for `evaluate`: a quarter of the visual tokens, drawn evenly."""
-    return some_tokens(torch.zeros(len(pixels), vlm_model.VISUAL), vlm_model.VISUAL // 4, rng, bias=0.0)
+def random_tokens(count: int) -> Policy:
+    """A policy for `evaluate`: `count` visual tokens, drawn evenly."""
+
+    def draw(net: Any, pixels: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
+        return some_tokens(torch.zeros(len(pixels), vlm_model.VISUAL), count, rng, bias=0.0)
+
+    return draw
 
 
 def look(net: Any, pixels: torch.Tensor) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
@@ -281,15 +287,14 @@ def train(
             run.save(tensors | optimizer.tensors(), step=step + 1, stage=stage)
         if (step + 1) % 400 == 0 and stage == "join":
             score = evaluate(net, seed=scenes.GATE_SEED, count=512)
-            score["random"] = evaluate(net, seed=scenes.GATE_SEED, count=512, policy=random_quarter)["exact_match"]
+            score["random"] = evaluate(
+                net, seed=scenes.GATE_SEED, count=512, policy=random_tokens(vlm_model.VISUAL // 4)
+            )["exact_match"]
             run.log(step=step + 1, quick=score)
             if progress:
                 progress(step + 1, steps, score)
             net.train()
     return net.eval()
-
-
-Policy = Callable[[Any, torch.Tensor, np.random.Generator], torch.Tensor | None]
 
 
 @torch.no_grad()
