@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import inspect
 import pkgutil
 from typing import Any
 
 from mmeff.config import MethodConfig
-from mmeff.errors import UnsupportedModel
+from mmeff.errors import UnsupportedModel, suggest
 from mmeff.handle import Handle, HandleStack, Host
 from mmeff.registry import all_methods, build
 from mmeff.report import Plan
@@ -103,4 +104,23 @@ def plan(model_or_pipeline: Any, method: Any, **sizes: Any) -> Plan:
     """
     config = build(method)
     config = config.replace(**{f.name: sizes.pop(f.name) for f in dataclasses.fields(config) if f.name in sizes})
-    return find_host(model_or_pipeline, config).plan(model_or_pipeline, config, **sizes)
+    host = find_host(model_or_pipeline, config)
+    _check_sizes(host, config, sizes)
+    return host.plan(model_or_pipeline, config, **sizes)
+
+
+def _check_sizes(host: type[Host], config: MethodConfig, sizes: dict[str, Any]) -> None:
+    """Every size must be one that the host takes, and a positive int."""
+    taken = inspect.signature(host.plan).parameters.values()
+    names = [p.name for p in taken if p.kind is p.KEYWORD_ONLY]
+    anything = any(p.kind is p.VAR_KEYWORD for p in taken)
+    for name, value in sizes.items():
+        if name not in names and not anything:
+            raise TypeError(
+                f"a plan for the {host.name} host has no size {name!r}, and {config.name()} has no such field."
+                f"{suggest(name, [*names, *config.to_dict()])} Sizes: {', '.join(names)}."
+            )
+        if type(value) is not int:
+            raise TypeError(f"plan needs {name} as an int, got {value!r} of type {type(value).__name__}")
+        if value < 1:
+            raise ValueError(f"plan needs {name} >= 1, got {value}")

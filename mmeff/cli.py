@@ -320,6 +320,15 @@ def _print_table(result: Any) -> None:
         err_console.print(f"{name} accelerated nothing", style="red")
 
 
+def _under(model: Any, configs: list[MethodConfig], work: Any) -> tuple[Any, list[Any]]:
+    """The result of `work()` under the methods, if there are any, and their reports."""
+    if not configs:
+        return work(), []
+    with mmeff.accelerate(model, configs) as handles:
+        result = work()
+    return result, handles.report()
+
+
 @app.command()
 def generate(
     prompt: Annotated[str, typer.Argument(help="What the video shows.")],
@@ -364,13 +373,9 @@ def generate(
     }
     call = {**_video_defaults(loaded), **{k: v for k, v in given.items() if v is not None}}
     noise = torch.Generator(device="cpu").manual_seed(seed)
-    reports = []
-    if configs:
-        with mmeff.accelerate(loaded.model, configs) as handles:
-            video = loaded.model(prompt, **call, generator=noise, output_type="np").frames[0]
-            reports = handles.report()
-    else:
-        video = loaded.model(prompt, **call, generator=noise, output_type="np").frames[0]
+    video, reports = _under(
+        loaded.model, configs, lambda: loaded.model(prompt, **call, generator=noise, output_type="np").frames[0]
+    )
     write(out, video, fps=fps)
     if as_json:
         _print_json({"video": out, "reports": [r.to_dict() for r in reports]})
@@ -412,13 +417,11 @@ def ask(
     loaded = load(model, device=device, dtype=dtype)
     if loaded.kind != "vlm":
         raise ValueError(f"{model} is a video pipeline and answers no questions; use `mmeff generate`")
-    reports = []
-    if configs:
-        with mmeff.accelerate(loaded.model, configs) as handles:
-            text = answer(loaded.model, loaded.processor, [pictures], [question], new_tokens=new_tokens)[0]
-            reports = handles.report()
-    else:
-        text = answer(loaded.model, loaded.processor, [pictures], [question], new_tokens=new_tokens)[0]
+    text, reports = _under(
+        loaded.model,
+        configs,
+        lambda: answer(loaded.model, loaded.processor, [pictures], [question], new_tokens=new_tokens)[0],
+    )
     if as_json:
         _print_json({"answer": text, "reports": [r.to_dict() for r in reports]})
     else:

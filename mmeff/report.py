@@ -111,7 +111,8 @@ class Report:
 
     Fields: `method` the resolved config; `model` and `host` what it ran on; `note` what the reader must know about the model
     (a tiny or random one); `calls` totals by kind; `layers` per-layer calls and mean density; `steps` per-step calls;
-    `kept[layer]` the original visual positions (B, K) that survive from that layer on, -1 where a row kept fewer than K;
+    `kept[layer]` the original visual positions (B, K) of the last prompt that survive from that layer on, counted within the
+    row's visual tokens, -1 where a row kept fewer than K;
     `tokens` counts; `seconds` and `spans` per phase; `fallbacks` reasons with counts; `environment` versions and hardware.
     """
 

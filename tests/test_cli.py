@@ -110,6 +110,8 @@ def test_generate_writes_an_mp4_and_says_what_ran(mmeff_cli, tmp_path):
         (["plan", "fastv", "-m", "tiny-video"], "no host of stage 'pruning' knows"),
         (["plan", "radial", "-m", "nowhere/at/all"], "no model folder at nowhere/at/all"),
         (["plan", "radial", "-c", "missing.yaml"], "no config file at missing.yaml"),
+        (["plan", "fastv", "--height", "48"], "the llava host has no size 'height', and fastv has no such field"),
+        (["plan", "radial", "--steps", "0"], "plan needs num_inference_steps >= 1, got 0"),
         (["ask", "what ?"], "ask needs an image"),
         (["ask", " ", "-i", PICTURE], "a question that is not empty"),
         (["ask", "what ?", "-i", "missing.png"], "missing.png"),

@@ -177,8 +177,6 @@ def tables():
 
 @pytest.mark.parametrize("name", ["README.md", "docs/methods.md"])
 def test_method_tables_are_current(tables, name, tmp_path, capsys):
-    if not (ROOT / name).exists():
-        pytest.skip(f"{name} is not written yet")
     empty = f"{tables.BEGIN}\n{tables.END}\n"
     for other in ("README.md", "docs/methods.md"):
         (tmp_path / other).parent.mkdir(exist_ok=True)

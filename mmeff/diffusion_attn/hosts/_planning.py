@@ -33,15 +33,6 @@ class Dimensions:
     reasons: list[str] = field(default_factory=list)
 
 
-def check_sizes(**sizes: int) -> None:
-    """Raise TypeError or ValueError unless all are positive ints; names are those of the arguments of `plan`."""
-    for name, value in sizes.items():
-        if type(value) is not int:
-            raise TypeError(f"plan needs {name} as an int, got {value!r} of type {type(value).__name__}")
-        if value < 1:
-            raise ValueError(f"plan needs {name} >= 1, got {value}")
-
-
 def make_plan(
     model: Any,
     method: SparseAttention,

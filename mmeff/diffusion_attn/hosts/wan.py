@@ -13,7 +13,7 @@ from typing import Any
 
 from mmeff.config import MethodConfig
 from mmeff.diffusion_attn._base import Grid, SparseAttention
-from mmeff.diffusion_attn.hosts._planning import Dimensions, Work, check_sizes, make_plan
+from mmeff.diffusion_attn.hosts._planning import Dimensions, Work, make_plan
 from mmeff.handle import Handle, Host
 from mmeff.report import Plan
 
@@ -98,10 +98,6 @@ class WanHost(Host):
         Raises: TypeError or ValueError for sizes that are not positive ints.
         """
         assert isinstance(method, SparseAttention)
-        check_sizes(
-            height=height, width=width, num_frames=num_frames, num_inference_steps=num_inference_steps, batch=batch,
-            text_tokens=text_tokens,
-        )  # fmt: skip
         transformer = _transformers(model)[0]
         sizes = _dimensions(model, transformer, height, width, num_frames)
         sizes.rows.append(("batch", f"{batch} (one layout serves all)"))

@@ -109,7 +109,6 @@ class _Session:
         self.model, self.pruner, self.handle = model, pruner, handle
         self._clock = ExitStack()
         self._eye = ExitStack()
-        self._phase = ""
         for hook in (
             model.register_forward_pre_hook(self._before, with_kwargs=True),
             model.register_forward_hook(self._after, always_call=True),
@@ -122,6 +121,7 @@ class _Session:
     def _guard_chunked_prefill(self) -> None:
         """Chunks of one prompt look like turns of a conversation to hooks, and each would be pruned by its own last token."""
         model, name = self.model, self.pruner.method.name()
+        own = model.__dict__.get("_prefill")  # somebody else's wrapper on this instance
         original = model._prefill
 
         def prefill(input_ids: Any, generation_config: Any, model_kwargs: Any, *args: Any, **kwargs: Any) -> Any:
@@ -133,7 +133,7 @@ class _Session:
             return original(input_ids, generation_config, model_kwargs, *args, **kwargs)
 
         model._prefill = prefill
-        self.handle.on_remove(lambda: model.__dict__.pop("_prefill", None))
+        self.handle.on_remove(lambda: setattr(model, "_prefill", own) if own else model.__dict__.pop("_prefill", None))
 
     def _look(self, module: Any, args: Any) -> None:
         self._eye.enter_context(self.handle.recorder.time("vision encoder", next(module.parameters()).device))
@@ -164,9 +164,8 @@ class _Session:
         )
         if now.base and real is not None:
             now.past_real = mask[:, : now.base].bool()
-        self._phase = "prefill" if length > 1 else "decode"
         self.handle.recorder.forwards += seen
-        self._clock.enter_context(self.handle.recorder.time(self._phase, tokens.device))
+        self._clock.enter_context(self.handle.recorder.time("prefill" if length > 1 else "decode", tokens.device))
 
     def _why_dense(self, ids: Any, mask: Any, kwargs: dict[str, Any]) -> str | None:
         if ids is None:
