@@ -16,7 +16,11 @@ from mmeff.report import Plan
 
 
 class LlavaHost(Host):
-    """Finds the decoder layers and the visual span of LLaVA-1.5 models."""
+    """Finds the decoder layers and the visual span of LLaVA-1.5 models.
+
+    Its reports time "vision encoder", "prefill" (the forward that reads the prompt, selection included), "selection" and
+    "decode".
+    """
 
     name = "llava"
     stage = "pruning"
