@@ -23,7 +23,7 @@ from rich.table import Table
 
 import mmeff
 from mmeff.cli_train import MISSED, train_app
-from mmeff.config import MethodConfig, describe
+from mmeff.config import MethodConfig, describe, normalise
 from mmeff.errors import MediaError, NothingAccelerated
 
 app = typer.Typer(
@@ -154,7 +154,7 @@ def list_methods(
 
 @app.command()
 def plan(
-    method: Annotated[str, typer.Argument(help="The method's name.")],
+    method: Annotated[str, typer.Argument(help="The method's name; may be left out with --config.")] = "",
     model: Model = "",
     config: Config = None,
     set_: Settings = None,
@@ -172,7 +172,13 @@ def plan(
     """Say what a method would do at given sizes, before anything runs: density, predicted speedup, every fallback."""
     from mmeff.pipelines.loading import load
 
+    if not method and not config:
+        raise ValueError("plan needs a method: its name, or --config file.yaml; `mmeff list` shows the names")
     configs = chosen(None if config else [method], config, set_, method)
+    if len(configs) != 1 or (method and configs[0].name() != normalise(method)):
+        raise ValueError(
+            f"plan takes one method, got {method or 'no name'} and {', '.join(c.name() for c in configs)} from --config"
+        )
     loaded = load(model or _embedded_for(configs[0]), device=device, dtype=dtype)
     given = {
         "height": height, "width": width, "num_frames": frames, "num_inference_steps": steps, "text_tokens": text_tokens,
@@ -199,15 +205,15 @@ def compare(
     video: Annotated[
         Path | None, typer.Option("--video", help="mp4: frames of it are shown to a vision-language model.")
     ] = None,
-    video_frames: Annotated[int, typer.Option(help="Frames taken from --video.")] = 4,
+    video_frames: Annotated[int | None, typer.Option(help="Frames taken from --video.  [default: 4]")] = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the results.")] = Path("runs/compare"),
     height: Annotated[int | None, typer.Option(help="Pixels.  [default: 480]")] = None,
     width: Annotated[int | None, typer.Option(help="Pixels.  [default: 832]")] = None,
     frames: Annotated[int | None, typer.Option(help="Frames of the video.  [default: 81]")] = None,
     steps: Annotated[int | None, typer.Option(help="Denoising steps.  [default: 50]")] = None,
     guidance: Annotated[float | None, typer.Option(help="Classifier-free guidance scale.  [default: 5]")] = None,
-    new_tokens: Annotated[int, typer.Option(help="Tokens generated at most per answer.")] = 32,
-    seed: Annotated[int, typer.Option(help="Noise seed.")] = 0,
+    new_tokens: Annotated[int | None, typer.Option(help="Tokens generated at most per answer.  [default: 32]")] = None,
+    seed: Annotated[int | None, typer.Option(help="Noise seed.  [default: 0]")] = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
     overwrite: Overwrite = False,
@@ -221,7 +227,17 @@ def compare(
 
         mmeff compare -m llava-hf/llava-1.5-7b-hf --method fastv -i photo.jpg -p "What is in the picture?"
     """
+    for_video = {
+        "seed": seed, "height": height, "width": width, "num_frames": frames, "num_inference_steps": steps,
+        "guidance_scale": guidance,
+    }  # fmt: skip
+    for_answers = {"new_tokens": new_tokens}
     if not any((model, method, config, set_, prompt, image, video)):
+        _refuse(
+            {**for_video, **for_answers, "video_frames": video_frames}, "the embedded run, which has its own settings;"
+        )
+        if (device, dtype) != ("auto", "auto"):
+            raise ValueError("the embedded run takes no --device and no --dtype; pass --model and --prompt with them")
         from mmeff.evaluation import embedded
 
         with progress(as_json) as tick:
@@ -232,27 +248,10 @@ def compare(
         pictures = _pictures(image, video, video_frames)  # unreadable media must not cost a model load
         configs = chosen(method, config, set_, "fastv" if pictures else "radial")
         loaded = load(model or _embedded_for(configs[0]), device=device, dtype=dtype)
-        sizes = {
-            "height": height,
-            "width": width,
-            "num_frames": frames,
-            "num_inference_steps": steps,
-            "guidance_scale": guidance,
-        }
-        inputs, given = _inputs(loaded, prompt, pictures, {"seed": seed, **sizes}, {"new_tokens": new_tokens})
+        inputs, given = _inputs(loaded, prompt, pictures, for_video, for_answers)
+        run = {"out": out, "processor": loaded.processor, "overwrite": overwrite, **given}
         with progress(as_json) as tick:
-            results = [
-                mmeff.compare(
-                    loaded.model,
-                    configs,
-                    inputs,
-                    out=out,
-                    processor=loaded.processor,
-                    overwrite=overwrite,
-                    tick=tick,
-                    **given,
-                )
-            ]
+            results = [mmeff.compare(loaded.model, configs, inputs, tick=tick, **run)]
     if as_json:
         _print_json([r.to_dict() for r in results])
     else:
@@ -276,10 +275,20 @@ def _inputs(
     if loaded.kind == "video":
         if pictures:
             raise ValueError(f"{loaded.source} makes videos from text and takes no --image or --video")
+        _refuse(for_answers, f"{loaded.source}, which makes videos;")
         return prompts, {**_video_defaults(loaded), **{k: v for k, v in for_video.items() if v is not None}}
     if not pictures:
         raise ValueError("the prompt comes without an image: visual tokens are what is pruned; pass --image or --video")
-    return [{"images": pictures, "question": question} for question in prompts], for_answers
+    _refuse(for_video, f"{loaded.source}, which answers questions;")
+    inputs = [{"images": pictures, "question": question} for question in prompts]
+    return inputs, {k: v for k, v in for_answers.items() if v is not None}
+
+
+def _refuse(given: dict[str, Any], who: str) -> None:
+    """Raise ValueError for settings that were typed but mean nothing to what will run."""
+    typed = [name for name, value in given.items() if value is not None]
+    if typed:
+        raise ValueError(f"{', '.join(typed)} cannot be set for {who} leave it out, or choose another --model")
 
 
 def _video_defaults(loaded: Any) -> dict[str, Any]:
@@ -295,14 +304,16 @@ def _print_json(value: Any) -> None:
     print(json.dumps(to_plain(value), indent=1))
 
 
-def _pictures(images: list[Path] | None, video: Path | None, count: int) -> list[Any]:
+def _pictures(images: list[Path] | None, video: Path | None, count: int | None) -> list[Any]:
     from mmeff.video_io import read, read_image
 
+    if video is None and count is not None:
+        raise ValueError("--video-frames says how many frames of --video to take; pass --video too, or leave it out")
     pictures = [read_image(path) for path in images or []]
     if video is not None:
         from PIL import Image
 
-        clip = read(video, num_frames=count)
+        clip = read(video, num_frames=4 if count is None else count)
         err_console.print(f"{video}: frames {clip.indices.tolist()} of {clip.backend}")
         pictures += [Image.fromarray(frame) for frame in clip.frames]
     return pictures
@@ -390,7 +401,7 @@ def ask(
     question: Annotated[str, typer.Argument(help="The question.")],
     image: Annotated[list[Path] | None, typer.Option("--image", "-i", help="jpg or png; may be repeated.")] = None,
     video: Annotated[Path | None, typer.Option("--video", help="mp4: frames of it are shown to the model.")] = None,
-    video_frames: Annotated[int, typer.Option(help="Frames taken from --video.")] = 4,
+    video_frames: Annotated[int | None, typer.Option(help="Frames taken from --video.  [default: 4]")] = None,
     model: Model = "tiny-vlm",
     method: Methods = None,
     config: Config = None,

@@ -65,6 +65,15 @@ def test_config_file_and_set(mmeff_cli, tmp_path):
     assert json.loads(out)["method"] == {"method": "fastv", "layer": 3, "keep": 0.25, "rows": "last"}
 
 
+def test_plan_refuses_a_name_that_its_config_contradicts(mmeff_cli, tmp_path):
+    file = tmp_path / "m.yaml"
+    file.write_text("method: fastv\n")
+    assert mmeff_cli("plan", "-c", str(file))[0] == 0
+    code, _, err = mmeff_cli("plan", "radial", "-c", str(file))
+    assert code == cli.Exit.ERROR
+    assert "got radial and fastv from --config" in err
+
+
 def test_ask_dense_and_pruned(mmeff_cli):
     code, out, _ = mmeff_cli("ask", "what color is the cross ?", "-i", PICTURE)
     assert code == 0
@@ -112,6 +121,12 @@ def test_generate_writes_an_mp4_and_says_what_ran(mmeff_cli, tmp_path):
         (["plan", "radial", "-c", "missing.yaml"], "no config file at missing.yaml"),
         (["plan", "fastv", "--height", "48"], "the llava host has no size 'height', and fastv has no such field"),
         (["plan", "radial", "--steps", "0"], "plan needs num_inference_steps >= 1, got 0"),
+        (["plan"], "plan needs a method"),
+        (["compare", "--steps", "5"], "num_inference_steps cannot be set for the embedded run"),
+        (["compare", "--device", "cpu"], "the embedded run takes no --device"),
+        (["compare", "-m", "tiny-video", "-p", "a", "--new-tokens", "4"], "new_tokens cannot be set for tiny-video"),
+        (["compare", "-m", "tiny-vlm", "-p", "a", "-i", PICTURE, "--seed", "4"], "seed cannot be set for tiny-vlm"),
+        (["ask", "what ?", "-i", PICTURE, "--video-frames", "2"], "pass --video too"),
         (["ask", "what ?"], "ask needs an image"),
         (["ask", " ", "-i", PICTURE], "a question that is not empty"),
         (["ask", "what ?", "-i", "missing.png"], "missing.png"),

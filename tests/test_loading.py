@@ -27,6 +27,12 @@ def test_a_wan_folder():
     assert loaded.model.transformer.patch_embedding._forward_hooks, "the position table belongs to this folder"
 
 
+@pytest.mark.parametrize("name", ["tiny-vlm", "tiny-video"])
+def test_dtype_is_honoured_for_embedded_models_too(name):
+    model = load(name, device="cpu", dtype="bfloat16").model
+    assert (model if name == "tiny-vlm" else model.transformer).dtype == torch.bfloat16
+
+
 def test_an_embedded_model_says_what_it_is():
     assert "tiny model" in load("tiny-vlm", device="cpu").note
 

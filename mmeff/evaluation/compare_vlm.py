@@ -75,6 +75,7 @@ def compare_vlm(
     said: dict[str, list[str]] = {name: [""] * len(cases) for name in names}
     reports: dict[str, Report] = {}
     kept: dict[str, list[Any]] = {name: [] for name in names}
+    counted: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     total, done = len(cases) * len(names) * (repeats + 1), 0
 
     def run(name: str, case: Mapping[str, Any]) -> tuple[str, float, Report]:
@@ -101,6 +102,7 @@ def compare_vlm(
                 reports[name] = report
         for name in names[1:]:
             kept[name].append(reports[name].kept)
+            counted[name].append(reports[name].tokens)
     measured: dict[str, dict[str, Any]] = {}
     for name in names:
         spent_in = {phase: float(np.median(values)) for phase, values in phases[name].items()}
@@ -109,12 +111,14 @@ def compare_vlm(
             "latency": latency(seconds[name]),
             "speedup": float(np.median([d / s for d, s in zip(seconds["dense"], seconds[name], strict=True)])),
             "phases": spent_in,
-            "tokens": reports[name].tokens,
+            "tokens": {
+                k: round(float(np.mean([c[k] for c in counted[name] if k in c])), 1) for k in reports[name].tokens
+            },
             "answers": said[name],
             "same_answer": float(np.mean([a == b for a, b in zip(said[name], said["dense"], strict=True)])),
         }
     dense_tokens = next(
-        (reports[n].tokens.get("visual tokens per prompt") for n in names[1:] if reports[n].tokens), None
+        (measured[n]["tokens"]["visual tokens per prompt"] for n in names[1:] if measured[n]["tokens"]), None
     )
     rows = tuple(_row(name, measured[name], dense_tokens) for name in names)
     sections: tuple[Section, ...] = ()

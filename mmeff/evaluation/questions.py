@@ -60,7 +60,7 @@ def chat(processor: Any, question: str, images: int) -> str:
     if "<image>" in question:
         return question
     if getattr(processor, "chat_template", None):
-        content = [{"type": "image"}] * images + [{"type": "text", "text": f" {question}"}]
+        content = [{"type": "image"}] * images + [{"type": "text", "text": question}]
         return processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
     return "<image>" * images + f"\n{question}"
 

@@ -48,13 +48,14 @@ def load(source: str, *, device: str = "auto", dtype: str = "auto") -> Loaded:
 
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    chosen = _dtype(dtype, device)
     if source in EMBEDDED:
         if EMBEDDED[source] == "video":
-            return Loaded(kind="video", model=tiny.video_pipeline(device=device), source=source, note=tiny.NOTE)
+            pipeline = tiny.video_pipeline(device=device).to(chosen)
+            return Loaded(kind="video", model=pipeline, source=source, note=tiny.NOTE)
         model, processor = tiny.vlm(device=device)
-        return Loaded(kind="vlm", model=model, processor=processor, source=source, note=tiny.NOTE)
+        return Loaded(kind="vlm", model=model.to(chosen), processor=processor, source=source, note=tiny.NOTE)
     kind = _kind(source)
-    chosen = _dtype(dtype, device)
     if kind == "video":
         from diffusers import DiffusionPipeline
 

@@ -73,6 +73,16 @@ def test_answers(tmp_path):
     assert len(list((tmp_path / "r" / "pictures").glob("kept-*"))) == 6
 
 
+def test_tokens_are_means_over_the_questions():
+    model, processor = tiny.vlm()
+    one, two, _ = sample_questions()
+    two = {**two, "images": two["images"] * 2}
+    result = mmeff.compare(model, FastV(keep=0.25), [two, one], processor=processor, repeats=1, new_tokens=3)
+    tokens = result.measured["variants"]["fastv"]["tokens"]
+    assert tokens["visual tokens per prompt"] == (288 + 144) / 2
+    assert tokens["kept from layer 2 on"] == (72 + 36) / 2
+
+
 @pytest.mark.parametrize(
     ("methods", "inputs", "error", "message"),
     [

@@ -82,11 +82,12 @@ class PrunedLayer(DynamicLayer):
     def reset(self) -> None:
         super().reset()
         self._map(lambda x: x[:, :0])
-        self.seen = 0
+        self.seen, self.complete = 0, True
 
     def crop(self, tokens_to_remove: int) -> None:
         assert self.cols is not None
-        into_ledger = abs(tokens_to_remove) - (self.get_seq_length() - self.cols.shape[1])
+        behind = self.get_seq_length() - self.cols.shape[1]  # keys behind the ledger, which follow in order
+        into_ledger = -tokens_to_remove - behind  # a positive number of tokens is refused by the base class
         if into_ledger > 0:
             gone = self.cols[:, -into_ledger:]
             last = torch.arange(self.seen - into_ledger, self.seen, device=gone.device)

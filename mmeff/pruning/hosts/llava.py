@@ -174,7 +174,8 @@ class _Session:
     def _why_dense(self, ids: Any, mask: Any, kwargs: dict[str, Any]) -> str | None:
         if ids is None:
             return "the model was called with inputs_embeds alone, so its visual tokens cannot be found; pass input_ids"
-        if kwargs.get("logits_to_keep", 0) != 1:
+        keep = kwargs.get("logits_to_keep", 0)
+        if torch.is_tensor(keep) or keep != 1:
             return "logits of every prompt token were asked for; prune under generate(), or pass logits_to_keep=1"
         if kwargs.get("labels") is not None or kwargs.get("output_hidden_states"):
             return "a loss or the hidden states of every prompt token were asked for"
