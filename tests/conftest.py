@@ -1,16 +1,35 @@
-"""What holds for every test: GPU tests are skipped, with the reason, where there is no GPU."""
+"""What holds for every test: GPU and Triton tests are skipped, with the reason, where they cannot run."""
 
 from __future__ import annotations
 
+import os
+
 import pytest
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    marked = [item for item in items if item.get_closest_marker("gpu")]
-    if not marked:
+    gpu = [item for item in items if item.get_closest_marker("gpu")]
+    triton = [item for item in items if item.get_closest_marker("interpreter")]
+    if not gpu and not triton:
         return
     import torch
 
-    if not torch.cuda.is_available():
-        for item in marked:
+    on_gpu = torch.cuda.is_available() and not INTERPRETED
+    if not on_gpu:
+        for item in gpu:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device; torch.cuda.is_available() is False"))
+    if not on_gpu and not INTERPRETED:
+        for item in triton:
+            item.add_marker(
+                pytest.mark.skip(reason="runs in a process of its own: TRITON_INTERPRET=1 pytest -m interpreter")
+            )
+
+
+@pytest.fixture
+def triton_device() -> str:
+    """Where a test of a Triton kernel runs: on the GPU if there is one, else in Triton's interpreter."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"

@@ -10,14 +10,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 import torch
-from torch import Tensor
 
 from ..errors import BackendUnavailable, suggest
-from .layout import BlockLayout
 
 P = TypeVar("P")
 
@@ -34,7 +32,7 @@ class Backend(Generic[P]):
     summary: str  # what it does, for the table and the record
     why_not: Callable[[P], str | None]
     cost: Callable[[P], float]
-    run: Callable[[P], tuple[Tensor, Tensor | None]]
+    run: Callable[[P], Any]
 
 
 @dataclass(frozen=True)
@@ -74,8 +72,16 @@ class Call:
 
     operator: str
     backend: str
-    density: float  # attended fraction of the query-key pairs, 0 to 1
     reason: str  # why this backend ran
+    count_density: Callable[[], float] | None = field(default=None, repr=False)
+
+    @property
+    def density(self) -> float | None:
+        """Attended fraction of the query-key pairs, 0 to 1; None for operators that have none.
+
+        Reading it may count pairs and wait for the device.
+        """
+        return None if self.count_density is None else self.count_density()
 
 
 _recorders: ContextVar[tuple[list[Call], ...]] = ContextVar("mmeff_kernel_recorders", default=())
@@ -95,13 +101,11 @@ def record() -> Iterator[list[Call]]:
         _recorders.reset(token)
 
 
-def note(operator: str, backend: str, layout: BlockLayout, reason: str) -> None:
-    """Tell the active recorders, if any, that `backend` runs `operator`."""
-    recorders = _recorders.get()
-    if recorders:  # the density of a new layout costs a device synchronisation: only on demand
-        call = Call(operator, backend, layout.density, reason)
-        for calls in recorders:
-            calls.append(call)
+def note(operator: str, backend: str, reason: str, density: Callable[[], float] | None = None) -> None:
+    """Tell the active recorders, if any, that `backend` runs `operator`; `density` is called when it is read."""
+    call = Call(operator, backend, reason, density)
+    for calls in _recorders.get():
+        calls.append(call)
 
 
 def judge(backends: Sequence[Backend[P]], problem: P) -> tuple[Verdict, ...]:

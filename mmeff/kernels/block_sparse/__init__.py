@@ -1,21 +1,18 @@
 """Block-sparse attention: each query block attends to the key blocks that a BlockLayout lists for it.
 
 Reading order: `reference.py` says what is computed; `gather.py` computes only the visited blocks, in plain PyTorch on
-any device; `sdpa.py` runs dense attention under a mask, for small or full layouts.
+any device; `native.py` does so in C on CPUs and `triton_impl.py` on GPUs; `sdpa.py` runs dense attention under a mask, for
+small or full layouts; `op.py` ties them into one operator with a gradient.
 """
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from ..dispatch import Backend, Explanation, choose, judge, note, without_autocast
+from ..dispatch import Explanation, judge
 from ..layout import BlockLayout
-from . import gather, reference, sdpa
-from .problem import Problem, make_problem
-
-OPERATOR = "block_sparse_attention"
-# In the order of explain(); equal costs go to the first.
-BACKENDS: tuple[Backend[Problem], ...] = (gather.BACKEND, sdpa.BACKEND, reference.BACKEND)
+from . import op
+from .problem import make_problem
 
 
 def block_sparse_attention(
@@ -36,26 +33,23 @@ def block_sparse_attention(
         layout: for q_len Nq and kv_len Nk, with batch 1 or B and heads 1 or H; a 1 is shared.
         scale: factor on the scores; None is 1/sqrt(D).
         return_lse: also return the log-sum-exp of the scaled scores, to be merged by `merge_attention`.
-        backend: "auto", "gather", "sdpa" or "reference". auto takes the one expected to be fastest; all of them
-            compute the same thing. A named backend runs or raises; it never falls back.
+        backend: "auto", "triton", "native", "gather", "sdpa" or "reference". auto takes the one expected to be fastest;
+            all of them compute the same thing. A named backend runs or raises; it never falls back. The backward pass
+            uses the same name, or chooses for itself under "auto".
 
     Returns: out (B, Nq, H, D) in the dtype of q; with return_lse also the natural-log LSE, (B, H, Nq) float32
         (float64 for float64 inputs). Both carry gradients.
     Raises: ValueError or TypeError for arguments that do not fit each other, BackendUnavailable for a named backend
         that cannot run this problem.
     Numerics: softmax in float32 (float64 for float64 inputs); autocast does not reach inside. An empty row gives
-        output 0 and LSE -inf, with gradient 0. Keys outside the visited blocks are never read by "gather".
+        output 0 and LSE -inf, with gradient 0. Keys outside the visited blocks are never read by "native" and "triton".
+        Gradients accumulate in float32 and, but for "gather" on a GPU, in an order that does not change.
     Source: the layout follows FlexAttention's partial and full block lists (Dong et al., 2024, arXiv:2412.05496).
     Differs: lists are addressed by start and count, so that rows can share them; the LSE is differentiable.
     """
     problem = make_problem(q, k, v, layout, scale, return_lse)
-    chosen, reason = choose(OPERATOR, BACKENDS, problem, backend)
-    note(OPERATOR, chosen.name, layout, reason)
-    with without_autocast(q.device):
-        out, lse = chosen.run(problem)
-    if lse is None:
-        return out
-    return out, lse
+    out, lse = op.call(problem, backend)
+    return (out, lse) if return_lse else out
 
 
 def explain(
@@ -74,4 +68,4 @@ def explain(
     Raises: ValueError or TypeError for arguments that do not fit each other.
     """
     problem = make_problem(q, k, v, layout, scale, return_lse)
-    return Explanation(OPERATOR, str(problem), judge(BACKENDS, problem))
+    return Explanation(op.OPERATOR, str(problem), judge(op.FORWARD, problem))

@@ -5,30 +5,31 @@ batch without padding. A chunk copies its key and value blocks next to each othe
 copies to stay in cache, which is where the speed comes from. Rows whose blocks are all full need no mask. When all
 heads of a group share their lists (grouped-query attention), their queries are stacked on one copy of the keys.
 
-The backward pass gathers again, chunk by chunk, and keeps nothing but q, k and v in between.
+The backward pass gathers again, chunk by chunk, and reads nothing of the forward pass but q, k and v.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from ..dispatch import Backend, without_autocast
-from ..layout import PLACEHOLDER_RATIO, BlockLayout
-from .problem import Problem, accumulation_dtype
+from ..calibration import cost
+from ..dispatch import Backend
+from ..layout import BlockLayout
+from .problem import BackwardProblem, Problem, accumulation_dtype
 
 # Bytes of gathered keys, values and scores that one chunk may hold. On CPU per thread, and best within the L2 cache
 # (fastest of 1..64 MiB, N 4096, D 64, one thread of an EPYC with 1 MiB of L2); elsewhere few and large launches win.
 CHUNK_BYTES_PER_THREAD = 2 * 2**20
 CHUNK_BYTES_DEVICE = 256 * 2**20
-# What a call costs before it computes anything, in multiply-adds of dense attention (1 CPU core: about 0.5 ms).
-CALL_OVERHEAD = 2.5e7
+# Seconds that a call takes before it computes anything (1 CPU core).
+OVERHEAD = 4e-4
+# What the mask of a partial block adds to its time (N 4096, D 64, float32: 1.3 to 1.8 times that of a full block).
+MASK_COST = 0.5
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,8 +37,8 @@ class Bucket:
     """Rows that visit equally many key blocks and need the same treatment."""
 
     n: int  # key blocks per row
-    masked: bool  # some entry is partial: a mask is needed
-    tail: bool  # the last entry is the short last key block, to be cut off at the end of the sequence
+    masked: bool  # some entry is partial, or short within the list: a mask is needed
+    tail: bool  # the last entry is the short last key block, to be cut off at the end of the sequence: no mask for that
     rows: Tensor  # (R,) row in the flat (B, heads, nQ) of the queries
     base: Tensor  # (R,) base row of the layout
     kv_offset: Tensor  # (R,) first block of this row's batch and key head in the flat (B, Hk, nK)
@@ -63,12 +64,53 @@ class Chunk:
     mask: Tensor | None  # (c, q_block, keys) bool
 
 
-def run(problem: Problem) -> tuple[Tensor, Tensor | None]:
+def attend(problem: Problem) -> tuple[Tensor, Tensor | None]:
     """Return attention over the visited blocks, and its log-sum-exp if asked for."""
-    key = ("gather", problem.B, problem.H, problem.Hk)
-    plan = problem.layout.derived(key, lambda layout: make_plan(layout, problem.B, problem.H, problem.Hk))
-    out, lse = _Gather.apply(problem.q, problem.k, problem.v, plan, problem.scale, problem.return_lse)
+    plan, q, scale = _plan_of(problem), problem.q, problem.scale
+    layout, D = plan.layout, q.shape[-1]
+    dtype = accumulation_dtype(q.dtype)
+    qb, kb, vb = _blocks_of(problem, plan)
+    keys, values = _Gathered(kb), _Gathered(vb)
+    out = torch.zeros_like(qb)
+    lse = qb.new_full(qb.shape[:-1], -torch.inf, dtype=dtype) if problem.want_lse else None
+    per_key = 2 * D * q.element_size()
+    if lse is not None:
+        per_key += 2 * D * dtype.itemsize + plan.stack * layout.q_block * dtype.itemsize
+    for chunk in _chunks(plan, per_key):
+        qc, kc, vc = qb.index_select(0, chunk.rows), keys(chunk), values(chunk)
+        if lse is None:
+            oc = _attend(qc, kc, vc, chunk.mask, scale)
+        else:
+            weights, total, lse_c = _softmax(qc.to(dtype), kc.to(dtype), chunk.mask, scale)
+            oc = torch.bmm(weights, vc.to(dtype)).div_(total).view_as(qc).to(q.dtype)
+            lse.index_copy_(0, chunk.rows, lse_c)
+        out.index_copy_(0, chunk.rows, oc)
+    out = _from_blocks(out, q.shape)
+    if lse is not None:
+        lse = _from_blocks(lse[..., None], q.shape)[..., 0].transpose(1, 2).contiguous()
+    if layout.has_padding:
+        unused = ~layout.tokens_in_use()[0]
+        out = out.masked_fill_(unused[:, :, None, None], 0.0)
+        lse = None if lse is None else lse.masked_fill_(unused[:, None], -torch.inf)
     return out, lse
+
+
+def _plan_of(problem: Problem) -> Plan:
+    key = ("gather", problem.B, problem.H, problem.Hk)
+    return problem.layout.derived(key, lambda layout: make_plan(layout, problem.B, problem.H, problem.Hk))
+
+
+def _blocks_of(problem: Problem, plan: Plan) -> tuple[Tensor, Tensor, Tensor]:
+    """Return q, k and v in blocks; what lies where no token is in use is finite."""
+    layout, q = problem.layout, problem.q
+    k, v = problem.without_padding()
+    if layout.has_padding:
+        q = q.masked_fill(~layout.tokens_in_use()[0][:, :, None, None], 0.0)
+    return (
+        _to_blocks(q, layout.q_block, plan.stack),
+        _to_blocks(k, layout.kv_block, 1),
+        _to_blocks(v, layout.kv_block, 1),
+    )
 
 
 def make_plan(layout: BlockLayout, B: int, H: int, Hk: int) -> Plan:
@@ -87,7 +129,11 @@ def make_plan(layout: BlockLayout, B: int, H: int, Hk: int) -> Plan:
 
     n, masked = layout.n_visited[base], layout.n_partial[base] > 0
     tail = torch.zeros_like(masked)
-    if layout.kv_len % layout.kv_block and layout.col_idx.numel():
+    if layout.has_padding:
+        entries = layout.entries(base)
+        short = layout.kv_valid.expand(B, nK)[entries.row // (heads * nQ), entries.col] < layout.kv_block
+        masked = masked | (torch.zeros_like(n).index_add_(0, entries.row, short.long()) > 0)
+    elif layout.kv_len % layout.kv_block and layout.col_idx.numel():
         # full entries ascend, so the short last key block can only be the last entry of a row
         last = layout.col_idx[(layout.row_start[base] + n - 1).clamp(min=0)]
         tail = (n > 0) & (last == nK - 1) & ~masked
@@ -119,80 +165,40 @@ def _chunks(plan: Plan, bytes_per_key: int) -> Iterator[Chunk]:
         parts = (x.split(size) for x in (bucket.rows, bucket.base, bucket.kv_offset))
         for rows, base, kv_offset in zip(*parts, strict=True):
             cols = layout.col_idx[layout.row_start[base, None] + slots]
-            mask = _mask(layout, base, cols) if bucket.masked else None
+            mask = _mask(plan, rows, base, cols) if bucket.masked else None
             yield Chunk(rows, cols + kv_offset[:, None], keys, mask)
 
 
-def _mask(layout: BlockLayout, base: Tensor, cols: Tensor) -> Tensor:
-    """Return (c, q_block, n * kv_block) bool: bitmaps for partial entries, sequence bounds for all."""
-    assert layout.bitmap is not None
+def _mask(plan: Plan, rows: Tensor, base: Tensor, cols: Tensor) -> Tensor:
+    """Return (c, q_block, n * kv_block) bool: what partial entries say, and the tokens in use for all."""
+    layout = plan.layout
     c, n = cols.shape
     slots = torch.arange(n, device=cols.device)
     mask = cols.new_ones((c, n, layout.q_block, layout.kv_block), dtype=torch.bool)
     partial = slots < layout.n_partial[base, None]
-    mask[partial] = layout.bitmap[(layout.partial_start[base, None] + slots)[partial]]
-    if layout.kv_len % layout.kv_block:
-        in_sequence = torch.arange(layout.kv_block, device=cols.device) < layout.kv_valid[cols, None]
-        mask &= in_sequence[:, :, None]
+    if layout.bitmap is not None or layout.bounds is not None:
+        q_blocks = (rows % layout.nQ)[:, None].expand(c, n)
+        slabs = (layout.partial_start[base, None] + slots)[partial]
+        mask[partial] = layout.slabs(q_blocks[partial], cols.long()[partial], slabs)
+    if layout.has_padding or layout.kv_len % layout.kv_block:
+        batch = rows // (plan.heads * layout.nQ) if layout.kv_valid.shape[0] > 1 else torch.zeros_like(rows)
+        used = torch.arange(layout.kv_block, device=cols.device) < layout.kv_valid[batch[:, None], cols][..., None]
+        mask &= used[:, :, None]
     return mask.transpose(1, 2).reshape(c, layout.q_block, n * layout.kv_block)
 
 
-class _Gather(torch.autograd.Function):
-    """Forward and backward over the chunks. Written out because autograd would keep every gathered copy."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float, return_lse: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        ctx.save_for_backward(q, k, v)
-        ctx.plan, ctx.scale = plan, scale
-        ctx.set_materialize_grads(False)
-        layout, D = plan.layout, q.shape[-1]
-        dtype = accumulation_dtype(q.dtype)
-        qb = _to_blocks(q, layout.q_block, plan.stack)
-        keys, values = (_Gathered(_to_blocks(x, layout.kv_block, 1)) for x in (k, v))
-        out = torch.zeros_like(qb)
-        lse = qb.new_full(qb.shape[:-1], -torch.inf, dtype=dtype) if return_lse else None
-        per_key = 2 * D * q.element_size()
-        if lse is not None:
-            per_key += 2 * D * dtype.itemsize + plan.stack * layout.q_block * dtype.itemsize
-        for chunk in _chunks(plan, per_key):
-            qc, kc, vc = qb.index_select(0, chunk.rows), keys(chunk), values(chunk)
-            if lse is None:
-                oc = _attend(qc, kc, vc, chunk.mask, scale)
-            else:
-                weights, total, lse_c = _softmax(qc.to(dtype), kc.to(dtype), chunk.mask, scale)
-                oc = torch.bmm(weights, vc.to(dtype)).div_(total).view_as(qc).to(q.dtype)
-                lse.index_copy_(0, chunk.rows, lse_c)
-            out.index_copy_(0, chunk.rows, oc)
-        out = _from_blocks(out, q.shape)
-        return out, None if lse is None else _from_blocks(lse[..., None], q.shape)[..., 0].transpose(1, 2).contiguous()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        q, k, v = ctx.saved_tensors
-        with without_autocast(q.device):
-            dq, dk, dv = _backward(q, k, v, grads[0], grads[1], ctx.plan, ctx.scale, ctx.needs_input_grad[:3])
-        return dq, dk, dv, None, None, None
-
-
-def _backward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    dout: Tensor | None,
-    dlse: Tensor | None,
-    plan: Plan,
-    scale: float,
-    needs: tuple[bool, bool, bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+def backward(problem: BackwardProblem) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Recompute the weights of each chunk and push the gradients of out and LSE through them."""
+    forward, dout, dlse, needs = problem.forward, problem.dout, problem.dlse, problem.needs
+    plan, q, k, v, scale = _plan_of(forward), forward.q, forward.k, forward.v, forward.scale
     layout, D = plan.layout, q.shape[-1]
     dtype = accumulation_dtype(q.dtype)
-    qb = _to_blocks(q, layout.q_block, plan.stack)
-    kb, vb = (_to_blocks(x, layout.kv_block, 1) for x in (k, v))
+    qb, kb, vb = _blocks_of(forward, plan)
     keys, values = _Gathered(kb), _Gathered(vb)
+    if layout.has_padding:
+        unused = ~layout.tokens_in_use()[0]
+        dout = None if dout is None else dout.masked_fill(unused[:, :, None, None], 0.0)
+        dlse = None if dlse is None else dlse.masked_fill(unused[:, None], 0.0)
     dob = None if dout is None else _to_blocks(dout, layout.q_block, plan.stack)
     dlb = None if dlse is None else _to_blocks(dlse.transpose(1, 2)[..., None], layout.q_block, plan.stack)
     # float32 sums: a key block collects from many rows, and half-precision additions would lose the small ones
@@ -305,18 +311,23 @@ def _from_blocks(x: Tensor, shape: torch.Size) -> Tensor:
     return x.reshape(B, -1, H, D)[:, :N].contiguous()
 
 
-def _why_not(problem: Problem) -> str | None:
-    return None
+def _cost(problem: Problem, direction: str = "forward", multiply_adds: int | None = None) -> float:
+    macs = problem.multiply_adds if multiply_adds is None else multiply_adds
+    layout, q = problem.layout, problem.q
+    # below 16 tokens a block is dearer to fetch than to compute
+    share = layout.block_density * max(1.0, 16 / layout.kv_block) * max(1.0, 16 / layout.q_block)
+    share *= 1 + MASK_COST * layout.partial_share
+    return cost("gather", share, OVERHEAD, device=q.device, dtype=q.dtype, direction=direction, multiply_adds=macs)
 
 
-def _cost(problem: Problem) -> float:
-    return problem.layout.block_density / PLACEHOLDER_RATIO + CALL_OVERHEAD / problem.multiply_adds
-
-
-BACKEND = Backend(
+SUMMARY = "computes the visited blocks only, in PyTorch"
+FORWARD: Backend[Problem] = Backend(
+    name="gather", summary=SUMMARY, why_not=lambda problem: None, cost=_cost, run=attend
+)
+BACKWARD: Backend[BackwardProblem] = Backend(
     name="gather",
-    summary="computes the visited blocks only",
-    why_not=_why_not,
-    cost=_cost,
-    run=run,
+    summary=SUMMARY,
+    why_not=lambda problem: None,
+    cost=lambda problem: _cost(problem.forward, "backward", problem.multiply_adds),
+    run=backward,
 )

@@ -20,7 +20,25 @@ class Problem:
     v: Tensor
     layout: BlockLayout
     scale: float
-    return_lse: bool
+    return_lse: bool  # the caller wants the log-sum-exp
+    training: bool = False  # a backward pass may follow, which reads the log-sum-exp
+
+    @property
+    def want_lse(self) -> bool:
+        """Whether the log-sum-exp is to be returned."""
+        return self.return_lse or self.training
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is nothing to compute: no query, or no key."""
+        return 0 in self.q.shape or 0 in self.k.shape
+
+    def without_padding(self) -> tuple[Tensor, Tensor]:
+        """Return k and v with zeros where the layout says that no token is in use, for backends that read them all."""
+        if not self.layout.has_padding:
+            return self.k, self.v
+        unused = ~self.layout.tokens_in_use()[1][:, :, None, None]
+        return self.k.masked_fill(unused, 0.0), self.v.masked_fill(unused, 0.0)
 
     @property
     def B(self) -> int:
@@ -51,6 +69,31 @@ class Problem:
         return f"q {tuple(self.q.shape)}, k/v {tuple(self.k.shape)}, {self.q.dtype} on {self.q.device}, {self.layout}"
 
 
+@dataclass(frozen=True, eq=False)
+class BackwardProblem:
+    """The gradients of one call: what it computed, and the gradients of that. One of dout and dlse is given.
+
+    lse is (B, H, Nq), natural log, whichever backend computed it. `needs` says which of dq, dk, dv are wanted.
+    """
+
+    forward: Problem
+    out: Tensor
+    lse: Tensor
+    dout: Tensor | None
+    dlse: Tensor | None
+    needs: tuple[bool, bool, bool]
+
+    @property
+    def layout(self) -> BlockLayout:
+        """The layout of the forward call."""
+        return self.forward.layout
+
+    @property
+    def multiply_adds(self) -> int:
+        """Multiply-adds of the five matrix products of the backward pass of dense attention."""
+        return self.forward.multiply_adds * 5 // 2
+
+
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """Return the dtype in which scores, log-sum-exp and gradients accumulate: float32, or float64 for float64."""
     return torch.float64 if dtype == torch.float64 else torch.float32
@@ -59,7 +102,10 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 def make_problem(
     q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, scale: float | None, return_lse: bool
 ) -> Problem:
-    """Check that the arguments fit each other; every backend relies on it. Raises TypeError or ValueError."""
+    """Check that the arguments fit each other; every backend relies on it. Raises TypeError or ValueError.
+
+    Looks at shapes, dtypes and devices only, so that torch.compile can trace it.
+    """
     who = "block_sparse_attention"
     if not isinstance(layout, BlockLayout):
         raise TypeError(
@@ -70,10 +116,10 @@ def make_problem(
         if not isinstance(x, Tensor) or not x.is_floating_point():
             got = str(x.dtype) if isinstance(x, Tensor) else type(x).__name__
             raise TypeError(f"{who}: {name} must be a floating-point tensor, got {got}; cast or convert it first.")
-        if x.ndim != 4 or 0 in x.shape:
+        if x.ndim != 4 or 0 in x.shape[2:]:
             raise ValueError(
-                f"{who}: {name} must be (B, N, H, D) with no empty dimension, got shape {tuple(x.shape)}; heads are "
-                "second to last, so transpose(1, 2) a heads-first tensor."
+                f"{who}: {name} must be (B, N, H, D) with at least one head and one channel, got shape {tuple(x.shape)}; "
+                "heads are second to last, so transpose(1, 2) a heads-first tensor."
             )
     for name, x in (("k", k), ("v", v)):
         if x.dtype != q.dtype or x.device != q.device:
@@ -121,4 +167,5 @@ def make_problem(
             f"{who}: scale must be a finite Python float, got {scale!r}; leave it out for 1/sqrt(D) = {D**-0.5:.4g}, "
             "or multiply q by a learned scale first."
         )
-    return Problem(q, k, v, layout, float(scale), bool(return_lse))
+    training = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    return Problem(q, k, v, layout, float(scale), bool(return_lse), training)

@@ -1,0 +1,86 @@
+"""Time every block-sparse backend against plain dense attention: what calibration and the benchmarks go by."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..calibration import fastest
+from ..dispatch import without_autocast
+from ..layout import BlockLayout
+from . import op
+from .problem import BackwardProblem, Problem
+
+BLOCK = 64
+
+
+def random_layout(
+    N: int, sparsity: float, *, H: int = 1, block: int = BLOCK, device: torch.device | str = "cpu", seed: int = 0
+) -> BlockLayout:
+    """Return the layout in which every query block visits the same number of random key blocks, and its own.
+
+    Args:
+        N: tokens. sparsity: fraction of the key blocks that a row leaves out, 0 to 1. H: heads, each with its own rows.
+    """
+    g = torch.Generator().manual_seed(seed)
+    n = -(-N // block)
+    keep = max(1, round(n * (1 - sparsity)))
+    scores = torch.rand(1, H, n, n, generator=g) + torch.eye(n)
+    mask = torch.zeros(1, H, n, n, dtype=torch.bool).scatter_(-1, scores.topk(keep, -1).indices, True)
+    return BlockLayout.from_block_mask(mask.to(device), q_len=N, kv_len=N, q_block=block, kv_block=block)
+
+
+def measure(
+    device: torch.device, dtype: torch.dtype, direction: str, *, tokens: int, rounds: int
+) -> tuple[float, dict[str, float]]:
+    """Return the dense multiply-adds per second, and every usable backend's throughput relative to that.
+
+    Args: as `calibration.calibrate`.
+    """
+    g = torch.Generator().manual_seed(0)
+    threads = torch.get_num_threads() if device.type == "cpu" else 16
+    q, k, v, dout = (
+        torch.randn(1, tokens, 2 * threads, 64, generator=g).to(device=device, dtype=dtype) for _ in range(4)
+    )
+    half = random_layout(tokens, 0.5, device=device)
+    problem = Problem(q, k, v, half, 64**-0.5, False, direction == "backward")
+    runs: dict[str, Callable[[], object]] = {}
+    with torch.no_grad(), without_autocast(device):
+        if direction == "forward":
+            plain: Callable[[], object] = partial(_dense, q, k, v)
+            for backend in op.FORWARD:
+                if backend.name != "reference" and backend.why_not(problem) is None:
+                    runs[backend.name] = partial(backend.run, problem)
+            macs = problem.multiply_adds
+        else:
+            # a backward pass may be given what any backend computed
+            out, lse = next(b for b in op.FORWARD if b.why_not(problem) is None).run(problem)
+            gradients = BackwardProblem(problem, out, lse, dout, None, (True, True, True))
+            plain = _dense_backward(q, k, v, dout)
+            for back in op.BACKWARD:
+                if back.name != "reference" and back.why_not(gradients) is None:
+                    runs[back.name] = partial(back.run, gradients)
+            macs = gradients.multiply_adds
+        dense = fastest(plain, rounds, device)
+        times = {name: fastest(run, rounds, device) for name, run in runs.items()}
+    # the dense backend computes all pairs under the mask; the others only what they visit
+    ratios = {
+        "masked" if name == "sdpa" else name: dense / time * (1.0 if name == "sdpa" else half.block_density)
+        for name, time in times.items()
+    }
+    return macs / dense, ratios
+
+
+def _dense(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+
+
+def _dense_backward(q: Tensor, k: Tensor, v: Tensor, dout: Tensor) -> Callable[[], object]:
+    with torch.enable_grad():
+        leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+        out = _dense(*leaves)
+    return lambda: torch.autograd.grad(out, leaves, dout.transpose(1, 2), retain_graph=True)
