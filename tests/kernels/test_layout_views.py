@@ -80,7 +80,7 @@ def test_bad_bounds_are_named():
         Bounds(good.long(), good)
     with pytest.raises(ValueError, match="1 <= A <= 6 axes"):
         Bounds(good.expand(7, 2, 4), good.expand(7, 2, 4))
-    with pytest.raises(ValueError, match="share axes and device, got 1 axes .* 2"):
+    with pytest.raises(ValueError, match=r"share axes and device, got 1 axes .* 2"):
         Bounds(good, good.expand(2, 2, 4))
     layout = BlockLayout.from_block_mask(torch.ones(1, 1).bool(), q_len=5, kv_len=4, q_block=8, kv_block=8)
     fields = {name: getattr(layout, name) for name in ("row_start", "n_partial", "n_full", "col_idx", "row_of")}

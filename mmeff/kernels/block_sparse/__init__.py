@@ -11,8 +11,11 @@ from torch import Tensor
 
 from ..dispatch import Explanation, judge
 from ..layout import BlockLayout
+from ..merge import merge_attention
 from . import op
 from .problem import make_problem
+from .summary import Summary, check
+from .summary import attend as attend_summaries
 
 
 def block_sparse_attention(
@@ -22,6 +25,7 @@ def block_sparse_attention(
     layout: BlockLayout,
     *,
     scale: float | None = None,
+    summary: Summary | None = None,
     return_lse: bool = False,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -32,6 +36,8 @@ def block_sparse_attention(
         k, v: (B, Nk, Hk, D) keys and values; H must be a multiple of Hk, and query head h reads head h // (H / Hk).
         layout: for q_len Nq and kv_len Nk, with batch 1 or B and heads 1 or H; a 1 is shared.
         scale: factor on the scores; None is 1/sqrt(D).
+        summary: pooled keys and values that take part in the same softmax, each for the tokens it stands for;
+            Summary.of_blocks makes those of the blocks that a query does not visit.
         return_lse: also return the log-sum-exp of the scaled scores, to be merged by `merge_attention`.
         backend: "auto", "triton", "native", "gather", "sdpa" or "reference". auto takes the one expected to be fastest;
             all of them compute the same thing. A named backend runs or raises; it never falls back. The backward pass
@@ -47,8 +53,13 @@ def block_sparse_attention(
     Source: the layout follows FlexAttention's partial and full block lists (Dong et al., 2024, arXiv:2412.05496).
     Differs: lists are addressed by start and count, so that rows can share them; the LSE is differentiable.
     """
-    problem = make_problem(q, k, v, layout, scale, return_lse)
+    problem = make_problem(q, k, v, layout, scale, return_lse or summary is not None)
+    if summary is not None:
+        check(problem, summary)
     out, lse = op.call(problem, backend)
+    if summary is not None:
+        of_summaries = attend_summaries(problem, summary)
+        out, lse = merge_attention([out, of_summaries[0]], [lse, of_summaries[1]])
     return (out, lse) if return_lse else out
 
 

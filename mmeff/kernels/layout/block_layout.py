@@ -368,11 +368,7 @@ class BlockLayout:
 
     def block_mask(self) -> Tensor:
         """Return the visited blocks, partial or full, as (B|1, H|1, nQ, nK) bool."""
-        M = self.row_start.shape[0]
-        entries = self.entries(torch.arange(M, device=self.device))
-        visited = torch.zeros(M, self.nK, dtype=torch.bool, device=self.device)
-        visited[entries.row, entries.col] = True
-        return visited[self.row_of]
+        return plans.block_mask(self.row_start, self.n_partial, self.n_full, self.col_idx, self.row_of, self.nK)
 
     def to_dense_mask(self) -> Tensor:
         """Return the attention mask, (B|1, H|1, Nq, Nk) bool. For tests and small problems: it is Nq x Nk."""

@@ -25,6 +25,24 @@ class SplitPlan(NamedTuple):
     slab: Tensor  # (S,) int64 row of `bitmap` of the first partial entry
 
 
+@torch.library.custom_op("mmeff::block_mask", mutates_args=())
+def block_mask(
+    row_start: Tensor, n_partial: Tensor, n_full: Tensor, col_idx: Tensor, row_of: Tensor, nK: int
+) -> Tensor:
+    """Return the visited blocks, (B|1, H|1, nQ, nK) bool. An operator, because the length of the lists is data."""
+    n = n_partial.long() + n_full
+    row = torch.repeat_interleave(torch.arange(n.shape[0], device=n.device), n)
+    slot = torch.arange(row.shape[0], device=n.device) - (n.cumsum(0) - n)[row]
+    visited = torch.zeros(n.shape[0], nK, dtype=torch.bool, device=n.device)
+    visited[row, col_idx[row_start[row] + slot].long()] = True
+    return visited[row_of]
+
+
+@block_mask.register_fake
+def _(row_start: Tensor, n_partial: Tensor, n_full: Tensor, col_idx: Tensor, row_of: Tensor, nK: int) -> Tensor:
+    return row_of.new_empty((*row_of.shape, nK), dtype=torch.bool)
+
+
 def transpose(layout: BlockLayout) -> BlockLayout:
     """Return the layout with queries and keys exchanged."""
     B, H, nQ = layout.row_of.shape

@@ -70,7 +70,9 @@ def check_fields(layout: BlockLayout) -> None:
             )
     batches = {x.shape[0] for x in (layout.row_of, layout.q_valid, layout.kv_valid)} - {1}
     if len(batches) > 1:
-        raise ValueError(f"BlockLayout: row_of, q_valid and kv_valid must agree in batch or have 1, got {sorted(batches)}.")
+        raise ValueError(
+            f"BlockLayout: row_of, q_valid and kv_valid must agree in batch or have 1, got {sorted(batches)}."
+        )
     bounds = layout.bounds
     if bounds is None:
         return
