@@ -17,7 +17,7 @@ FLOOR_SCALE = 0.25
 
 
 def assert_close_to_reference(
-    actual: Tensor, plain: Tensor, reference: Tensor, *, name: str = "result", times: float = 2.0
+    actual: Tensor, plain: Tensor, reference: Tensor, *, name: str = "result", times: float = 2.0, terms: float = 0.0
 ) -> None:
     """Assert that `actual` is about as close to the float64 `reference` as `plain` is.
 
@@ -26,6 +26,7 @@ def assert_close_to_reference(
         plain: the same quantity from plain PyTorch; its dtype is the one `actual` must have.
         reference: the same quantity in float64. Infinities must sit in the same places; NaN is never accepted.
         times: how many times the error of `plain` is allowed.
+        terms: size of the terms whose difference the result is, where they may cancel; see `gradient_terms`.
     """
     assert reference.dtype == torch.float64, f"{name}: the reference must be float64, got {reference.dtype}"
     assert actual.shape == reference.shape, f"{name}: shape {tuple(actual.shape)}, wanted {tuple(reference.shape)}"
@@ -41,7 +42,11 @@ def assert_close_to_reference(
         return
     error = (actual64[~infinite] - finite).abs().max().item()
     plain_error = (plain64[~infinite] - finite).abs().max().item()
-    floor = FLOOR_ROUNDINGS[actual.dtype] * torch.finfo(actual.dtype).eps * max(finite.abs().max().item(), FLOOR_SCALE)
+    floor = (
+        FLOOR_ROUNDINGS[actual.dtype]
+        * torch.finfo(actual.dtype).eps
+        * max(finite.abs().max().item(), FLOOR_SCALE, terms)
+    )
     bound = times * plain_error + floor
     assert error <= bound, (
         f"{name}: error {error:.3g} exceeds {times} x {plain_error:.3g} (plain {plain.dtype}) + floor {floor:.3g}"
@@ -67,3 +72,14 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float 
     wide = torch.promote_types(q.dtype, torch.float32)
     lse = torch.logsumexp(scores_of(q.to(wide), k.to(wide)), -1)
     return out, torch.where(attends[..., 0], lse, -torch.inf)
+
+
+def gradient_terms(q: Tensor, k: Tensor, v: Tensor, dout: Tensor, scale: float | None = None) -> float:
+    """Return the size of the terms that cancel in dq and dk: dout v^T against its mean under the weights.
+
+    A backward pass that does not keep the weights takes that mean from dout * out, rounded in another order than dout v^T;
+    where a query has one key the exact difference is 0, and what is left is a rounding of the terms.
+    """
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    largest = (x.detach().double().norm(dim=-1).max().item() for x in (dout, v))
+    return scale * next(largest) * next(largest) * max(x.detach().double().abs().max().item() for x in (q, k))

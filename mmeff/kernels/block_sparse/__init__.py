@@ -17,6 +17,8 @@ from .problem import make_problem
 from .summary import Summary, check
 from .summary import attend as attend_summaries
 
+__all__ = ["Summary", "block_sparse_attention", "explain"]
+
 
 def block_sparse_attention(
     q: Tensor,

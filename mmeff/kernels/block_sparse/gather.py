@@ -5,7 +5,7 @@ batch without padding. A chunk copies its key and value blocks next to each othe
 copies to stay in cache, which is where the speed comes from. Rows whose blocks are all full need no mask. When all
 heads of a group share their lists (grouped-query attention), their queries are stacked on one copy of the keys.
 
-The backward pass gathers again, chunk by chunk, and reads nothing of the forward pass but q, k and v.
+The backward pass gathers again, chunk by chunk, and takes the weights from the scores and the log-sum-exp.
 """
 
 from __future__ import annotations
@@ -189,18 +189,21 @@ def _mask(plan: Plan, rows: Tensor, base: Tensor, cols: Tensor) -> Tensor:
 
 def backward(problem: BackwardProblem) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Recompute the weights of each chunk and push the gradients of out and LSE through them."""
-    forward, dout, dlse, needs = problem.forward, problem.dout, problem.dlse, problem.needs
+    forward, dout, needs = problem.forward, problem.dout, problem.needs
     plan, q, k, v, scale = _plan_of(forward), forward.q, forward.k, forward.v, forward.scale
     layout, D = plan.layout, q.shape[-1]
     dtype = accumulation_dtype(q.dtype)
     qb, kb, vb = _blocks_of(forward, plan)
     keys, values = _Gathered(kb), _Gathered(vb)
+    shift = problem.shift()
+    lse = problem.lse.masked_fill(problem.lse == -torch.inf, torch.inf)  # weights of 0 for queries without keys
+    dout = q.new_zeros(q.shape) if dout is None else dout
     if layout.has_padding:
         unused = ~layout.tokens_in_use()[0]
-        dout = None if dout is None else dout.masked_fill(unused[:, :, None, None], 0.0)
-        dlse = None if dlse is None else dlse.masked_fill(unused[:, None], 0.0)
-    dob = None if dout is None else _to_blocks(dout, layout.q_block, plan.stack)
-    dlb = None if dlse is None else _to_blocks(dlse.transpose(1, 2)[..., None], layout.q_block, plan.stack)
+        dout = dout.masked_fill(unused[:, :, None, None], 0.0)
+        lse, shift = lse.masked_fill(unused[:, None], torch.inf), shift.masked_fill(unused[:, None], 0.0)
+    dob = _to_blocks(dout, layout.q_block, plan.stack)
+    lb, sb = (_to_blocks(x.transpose(1, 2)[..., None], layout.q_block, plan.stack) for x in (lse, shift))
     # float32 sums: a key block collects from many rows, and half-precision additions would lose the small ones
     dq, dk, dv = (
         torch.zeros_like(x, dtype=dtype) if need else None for x, need in zip((qb, kb, vb), needs, strict=True)
@@ -208,19 +211,15 @@ def backward(problem: BackwardProblem) -> tuple[Tensor | None, Tensor | None, Te
     per_key = 2 * D * (q.element_size() + 2 * dtype.itemsize) + 2 * plan.stack * layout.q_block * dtype.itemsize
     for chunk in _chunks(plan, per_key):
         qc, kc, vc = (x.to(dtype) for x in (qb.index_select(0, chunk.rows), keys(chunk), values(chunk)))
-        weights, total, _ = _softmax(qc, kc, chunk.mask, scale)
-        weights /= total
-        qc = qc.flatten(1, 2)
-        dscores = torch.zeros_like(weights)
-        if dob is not None:
-            do = dob.index_select(0, chunk.rows).to(dtype).flatten(1, 2)
-            if dv is not None:
-                _scatter_add(dv, chunk, torch.bmm(weights.transpose(1, 2), do))
-            dscores = torch.bmm(do, vc.transpose(1, 2))
-            dscores -= (weights * dscores).sum(-1, keepdim=True)
-        if dlb is not None:
-            dscores += dlb.index_select(0, chunk.rows).to(dtype).flatten(1, 2)
-        dscores *= weights.mul_(scale)
+        qc, lc, sc, do = (
+            x.flatten(1, 2) for x in (qc, *(y.index_select(0, chunk.rows).to(dtype) for y in (lb, sb, dob)))
+        )
+        weights = torch.bmm(qc * scale, kc.transpose(1, 2)).sub_(lc).exp_()
+        if chunk.mask is not None:
+            weights.view(len(chunk.rows), plan.stack, layout.q_block, -1).masked_fill_(~chunk.mask[:, None], 0.0)
+        if dv is not None:
+            _scatter_add(dv, chunk, torch.bmm(weights.transpose(1, 2), do))
+        dscores = torch.bmm(do, vc.transpose(1, 2)).sub_(sc).mul_(weights).mul_(scale)
         if dq is not None:
             dq.index_copy_(0, chunk.rows, torch.bmm(dscores, kc).view(-1, *qb.shape[1:]))
         if dk is not None:

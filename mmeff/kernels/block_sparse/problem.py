@@ -73,7 +73,8 @@ class Problem:
 class BackwardProblem:
     """The gradients of one call: what it computed, and the gradients of that. One of dout and dlse is given.
 
-    lse is (B, H, Nq), natural log, whichever backend computed it. `needs` says which of dq, dk, dv are wanted.
+    lse is (B, H, Nq), natural log, whichever backend computed it. Where the call was part of a larger softmax, out and lse
+    are those of the whole, and the gradients are this part's. `needs` says which of dq, dk, dv are wanted.
     """
 
     forward: Problem
@@ -87,6 +88,14 @@ class BackwardProblem:
     def layout(self) -> BlockLayout:
         """The layout of the forward call."""
         return self.forward.layout
+
+    def shift(self) -> Tensor:
+        """Return what is taken from dout v^T before it meets the weights: rowsum(dout * out) - dlse, (B, H, Nq)."""
+        dtype = self.lse.dtype
+        shift = torch.zeros_like(self.lse)
+        if self.dout is not None:
+            shift = (self.dout.to(dtype) * self.out.to(dtype)).sum(-1).transpose(1, 2)
+        return shift if self.dlse is None else shift - self.dlse
 
     @property
     def multiply_adds(self) -> int:

@@ -30,15 +30,11 @@ def backward(problem: BackwardProblem) -> tuple[Tensor | None, Tensor | None, Te
     q, k, v, scores = _scores(forward)
     lse = problem.lse.to(q.dtype)
     weights = _weights(scores, lse)
-    dv = torch.zeros_like(v)
-    dscores = torch.zeros_like(weights)
-    if problem.dout is not None:
-        dout = problem.dout.to(q.dtype)
-        dv = torch.einsum("bhqk,bqhd->bkhd", weights, dout)
-        dscores = torch.einsum("bqhd,bkhd->bhqk", dout, v)
-        dscores = dscores - (weights * dscores).sum(-1, keepdim=True)
-    if problem.dlse is not None:
-        dscores = dscores + problem.dlse.to(q.dtype)[..., None]
+    dout = torch.zeros_like(q) if problem.dout is None else problem.dout.to(q.dtype)
+    if forward.layout.has_padding:
+        dout = dout.masked_fill(~forward.layout.tokens_in_use()[0][:, :, None, None], 0.0)
+    dv = torch.einsum("bhqk,bqhd->bkhd", weights, dout)
+    dscores = torch.einsum("bqhd,bkhd->bhqk", dout, v) - problem.shift()[..., None]
     # a row without keys has weights 0, but may be given any gradient, infinite included
     dscores = torch.where(weights > 0, weights * dscores, 0.0) * forward.scale
     dq = torch.einsum("bhqk,bkhd->bqhd", dscores, k)

@@ -1,0 +1,163 @@
+"""routed_attention as an operator of torch.library, and its backends."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..block_sparse import reference, sdpa
+from ..block_sparse.problem import BackwardProblem, accumulation_dtype
+from ..calibration import rates
+from ..dispatch import Backend, choose, note, without_autocast
+from . import grouped
+from .problem import RoutedProblem
+
+OPERATOR = "routed_attention"
+OVERHEAD = 1e-3  # seconds that grouping takes before anything is computed
+
+
+def _best_ratio(problem: RoutedProblem) -> tuple[float, float]:
+    at = rates(problem.q.device, problem.q.dtype, "forward", problem.multiply_adds)
+    return max(ratio for name, ratio in at.ratios.items() if name != "masked"), at.dense
+
+
+def _grouped_cost(problem: RoutedProblem) -> float:
+    ratio, dense = _best_ratio(problem)
+    # the queries of a group fill whole rows, so half a row per group is computed for nothing
+    B, Nq, H, _ = problem.q.shape
+    waste = grouped.ROWS / 2 / max(Nq * problem.share, 1.0)
+    return problem.share * (1 + waste) / ratio + OVERHEAD * dense / max(problem.multiply_adds, 1)
+
+
+def _masked_cost(problem: RoutedProblem) -> float:
+    return 1 / rates(problem.q.device, problem.q.dtype, "forward").ratios["masked"]
+
+
+BACKENDS: tuple[Backend[RoutedProblem], ...] = (
+    Backend(
+        name="grouped",
+        summary="queries grouped by key block, block-sparse",
+        why_not=lambda problem: None,
+        cost=_grouped_cost,
+        run=grouped.attend,
+    ),
+    Backend(
+        name="sdpa",
+        summary="dense attention under a mask",
+        why_not=lambda problem: sdpa.FORWARD.why_not(problem.masked()),
+        cost=_masked_cost,
+        run=lambda problem: sdpa.attend(problem.masked()),
+    ),
+    Backend(
+        name="reference",
+        summary="the definition, slow, for tests",
+        why_not=lambda problem: None,
+        cost=lambda problem: math.inf,
+        run=lambda problem: reference.attend(problem.masked()),
+    ),
+)
+
+
+def call(problem: RoutedProblem, backend: str) -> tuple[Tensor, Tensor]:
+    """Run the operator on a problem. The LSE is an empty tensor unless it is wanted."""
+    out, lse = _forward(
+        problem.q, problem.k, problem.v, problem.routes, problem.kv_block, problem.scale, problem.return_lse,
+        problem.training, backend,
+    )  # fmt: skip
+    return out, lse
+
+
+@torch.library.custom_op("mmeff::routed_attention", mutates_args=())
+def _forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    routes: Tensor,
+    kv_block: int,
+    scale: float,
+    return_lse: bool,
+    training: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    problem = RoutedProblem(q, k, v, routes, kv_block, scale, return_lse, training)
+    chosen, reason = choose(OPERATOR, BACKENDS, problem, backend)
+    note(OPERATOR, chosen.name, reason, lambda: problem.share)
+    B, Nq, H, _ = q.shape
+    wanted = return_lse or training
+    if 0 in q.shape or 0 in k.shape:
+        return torch.zeros_like(q, memory_format=torch.contiguous_format), _lse_like(q, wanted).fill_(-torch.inf)
+    with without_autocast(q.device):
+        out, lse = chosen.run(problem)
+    return out.contiguous(), lse.contiguous() if wanted else _lse_like(q, False)
+
+
+def _lse_like(q: Tensor, wanted: bool) -> Tensor:
+    B, Nq, H, _ = q.shape
+    return q.new_empty((B, H, Nq) if wanted else (0,), dtype=accumulation_dtype(q.dtype))
+
+
+@_forward.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    return q.new_empty(q.shape), _lse_like(q, rest[-3] or rest[-2])
+
+
+@torch.library.custom_op("mmeff::routed_attention_backward", mutates_args=())
+def _backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    routes: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    dout: Tensor | None,
+    dlse: Tensor | None,
+    kv_block: int,
+    scale: float,
+    needs: list[bool],
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    problem = RoutedProblem(q, k, v, routes, kv_block, scale, True, True)
+    grads: tuple[Tensor | None, ...]
+    if 0 in q.shape or 0 in k.shape:
+        grads = tuple(torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+    else:
+        with without_autocast(q.device):
+            if backend in ("reference", "sdpa"):
+                masked = BackwardProblem(problem.masked(), out, lse, dout, dlse, (needs[0], needs[1], needs[2]))
+                use_sdpa = backend == "sdpa" and sdpa.BACKWARD.why_not(masked) is None
+                grads = (sdpa.backward if use_sdpa else reference.backward)(masked)
+            else:
+                grads = grouped.backward(problem, out, lse, dout, dlse, needs)
+    dq, dk, dv = (
+        x.new_empty(0) if grad is None or not need else grad.contiguous()
+        for x, grad, need in zip((q, k, v), grads, needs, strict=True)
+    )
+    return dq, dk, dv
+
+
+@_backward.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    needs = rest[-2]
+    dq, dk, dv = (x.new_empty(x.shape if need else (0,)) for x, need in zip((q, k, v), needs, strict=True))
+    return dq, dk, dv
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*inputs[:4], *output)
+    ctx.kv_block, ctx.scale, _, _, ctx.backend = inputs[4:]
+
+
+def _differentiate(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+    nothing = (None,) * 6
+    if dout is None and dlse is None:
+        return (None, None, None, *nothing)
+    needs = [bool(need) for need in ctx.needs_input_grad[:3]]
+    grads = _backward(*ctx.saved_tensors, dout, dlse, ctx.kv_block, ctx.scale, needs, ctx.backend)
+    return (*(grad if need else None for grad, need in zip(grads, needs, strict=True)), *nothing)
+
+
+_forward.register_autograd(_differentiate, setup_context=_setup_context)

@@ -1,0 +1,158 @@
+"""routed_attention: every query picks its own key blocks; against float64, in forward and gradient."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from oracle import assert_close_to_reference, gradient_terms, plain_attention
+
+from mmeff.kernels import BlockLayout, block_sparse_attention, record, routed_attention
+from mmeff.kernels.routed import explain_routed, grouped
+
+property_test = settings(max_examples=25, deadline=None)
+BACKENDS = ["grouped", "sdpa", "reference"]
+
+
+def problem(seed=0, B=2, Nq=70, Nk=90, H=4, Hk=2, D=24, kv_block=13, share=0.4, rB=2, rH=4, dtype=torch.float32):
+    g = torch.Generator().manual_seed(seed)
+    shapes = (B, Nq, H, D), (B, Nk, Hk, D), (B, Nk, Hk, D)
+    q, k, v = (torch.randn(s, generator=g, dtype=torch.float64).to(dtype) for s in shapes)
+    routes = torch.rand(rB, rH, Nq, -(-Nk // kv_block), generator=g) < share
+    return q, k, v, routes
+
+
+def dense(routes, kv_block, Nk):
+    return routes.repeat_interleave(kv_block, -1)[..., :Nk]
+
+
+def cotangent(out):
+    return torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out.dtype)
+
+
+def results(attend, q, k, v, with_lse=True):
+    q, k, v = (x.detach().clone().requires_grad_() for x in (q, k, v))
+    out, lse = attend(q, k, v) if with_lse else (attend(q, k, v), None)
+    loss = (out * cotangent(out)).sum()
+    if lse is not None:
+        loss = (
+            loss
+            + (
+                lse.masked_fill(lse == -torch.inf, 0.0)
+                * torch.randn(lse.shape, generator=torch.Generator().manual_seed(2)).to(lse.dtype)
+            ).sum()
+        )
+    found = {"out": out, "lse": lse, **dict(zip(("dq", "dk", "dv"), torch.autograd.grad(loss, (q, k, v)), strict=True))}
+    return {name: x for name, x in found.items() if x is not None}
+
+
+def check(q, k, v, routes, kv_block, backend, with_lse=True, times=2.0):
+    mask = dense(routes, kv_block, k.shape[1])
+
+    def plain(q, k, v):
+        out, lse = plain_attention(q, k, v, mask)
+        return (out, lse) if with_lse else out
+
+    def ours(q, k, v):
+        return routed_attention(q, k, v, routes, kv_block=kv_block, backend=backend, return_lse=with_lse)
+
+    actual, same = results(ours, q, k, v, with_lse), results(plain, q, k, v, with_lse)
+    reference = results(plain, q.double(), k.double(), v.double(), with_lse)
+    for name in reference:
+        terms = gradient_terms(q, k, v, cotangent(q)) if name in ("dq", "dk") else 0.0
+        assert_close_to_reference(
+            actual[name], same[name], reference[name], name=f"{backend} {name}", times=times, terms=terms
+        )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_dtypes(backend, dtype):
+    q, k, v, routes = problem(dtype=dtype)
+    routes[..., 0] = True
+    check(q, k, v, routes, 13, backend, with_lse=backend != "sdpa", times=3.0 if backend == "sdpa" else 2.0)
+
+
+@pytest.mark.parametrize(("rB", "rH"), [(1, 1), (2, 1), (1, 4), (2, 4)])
+@pytest.mark.parametrize("kv_block", [1, 7, 64, 200])
+def test_shared_routes_and_key_blocks_of_any_size(rB, rH, kv_block):
+    q, k, v, routes = problem(rB=rB, rH=rH, kv_block=kv_block)
+    check(q, k, v, routes, kv_block, "grouped")
+
+
+@given(st.integers(0, 2**20), st.integers(1, 150), st.integers(1, 150), st.integers(1, 60), st.floats(0, 1))
+@property_test
+def test_any_lengths_and_queries_without_picks(seed, Nq, Nk, kv_block, share):
+    q, k, v, routes = problem(seed, Nq=Nq, Nk=Nk, kv_block=kv_block, share=share, D=16)
+    check(q, k, v, routes, kv_block, "grouped")
+
+
+def test_chunks_of_heads_agree_with_all_at_once(monkeypatch):
+    q, k, v, routes = problem()
+    whole = routed_attention(q, k, v, routes, kv_block=13, backend="grouped")
+    monkeypatch.setitem(grouped.CHUNK_BYTES, "cpu", 1000)
+    assert len(list(grouped._groups(_problem(q, k, v, routes)))) > 3
+    torch.testing.assert_close(routed_attention(q, k, v, routes, kv_block=13, backend="grouped"), whole)
+    check(q, k, v, routes, 13, "grouped")
+
+
+def _problem(q, k, v, routes):
+    from mmeff.kernels.routed.problem import RoutedProblem
+
+    return RoutedProblem(q, k, v, routes, 13, 0.2, True, True)
+
+
+def test_routes_of_whole_blocks_are_a_block_layout():
+    q, k, v, _ = problem(Nq=64, Nk=96)
+    mask = torch.rand(2, 4, 4, 6, generator=torch.Generator().manual_seed(3)) < 0.5
+    mask[..., 0] = True
+    layout = BlockLayout.from_block_mask(mask, q_len=64, kv_len=96, q_block=16, kv_block=16)
+    out = routed_attention(q, k, v, mask.repeat_interleave(16, 2), kv_block=16, backend="grouped")
+    torch.testing.assert_close(out, block_sparse_attention(q, k, v, layout, backend="reference"))
+
+
+def test_the_choice_and_the_kernel_within_are_recorded():
+    q, k, v, routes = problem()
+    with record() as calls:
+        routed_attention(q, k, v, routes, kv_block=13, backend="grouped")
+    assert [c.operator for c in calls] == ["routed_attention", "block_sparse_attention"]
+    assert calls[0].density == pytest.approx(routes.float().mean().item())
+    assert "within routed_attention" in calls[1].reason
+    table = explain_routed(q, k, v, routes, kv_block=13)
+    assert {row.backend for row in table.rows} == set(BACKENDS) and table.chosen in BACKENDS
+    assert "key blocks of 13" in str(table)
+
+
+def test_zero_sizes_non_contiguous_inputs_and_one_graph():
+    q, k, v, routes = problem()
+    empty = routed_attention(q[:0], k[:0], v[:0], routes[:1], kv_block=13)
+    assert empty.shape == (0, 70, 4, 24)
+    strided = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v)]
+    want = routed_attention(q, k, v, routes, kv_block=13, backend="grouped")
+    assert torch.equal(routed_attention(*strided, routes, kv_block=13, backend="grouped"), want)
+    compiled = torch.compile(
+        lambda *x: routed_attention(*x, kv_block=13, backend="grouped"), fullgraph=True, backend="aot_eager"
+    )
+    torch.testing.assert_close(compiled(q, k, v, routes), want)
+    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+    torch.library.opcheck(torch.ops.mmeff.routed_attention, (*leaves, routes, 13, 0.2, True, True, "grouped"))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"routes": torch.ones(2, 4, 70, 7)}, TypeError, "routes must be a bool tensor.*float32"),
+        ({"routes": torch.ones(2, 4, 70, 6).bool()}, ValueError, r"nK = ceil\(Nk / kv_block\) = ceil\(90 / 13\)"),
+        ({"kv_block": 0}, ValueError, "kv_block must be an int >= 1"),
+        ({"k": torch.ones(2, 90, 3, 24)}, ValueError, "Hk dividing H=4"),
+        ({"v": torch.ones(2, 90, 2, 24).half()}, ValueError, "share dtype and device"),
+        ({"scale": float("inf")}, ValueError, "scale must be a finite Python float"),
+        ({"backend": "groupd"}, ValueError, "'grouped'"),
+    ],
+)
+def test_messages(change, error, message):
+    q, k, v, routes = problem()
+    arguments = {"q": q, "k": k, "v": v, "routes": routes, "kv_block": 13, **change}
+    with pytest.raises(error, match=message):
+        routed_attention(**arguments)
