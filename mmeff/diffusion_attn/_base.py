@@ -6,6 +6,7 @@ dense layers) and runs the kernel. It knows no model; `hosts/` do.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -59,7 +60,7 @@ class SparseAttention(MethodConfig, ABC):
         "layers that run dense: a number n means the first n; a list names them, negative ones from the end",
         unit="layers",
     )
-    backend: Literal["auto", "gather", "sdpa", "reference"] = option(
+    backend: Literal["auto", "triton", "native", "gather", "sdpa", "reference"] = option(
         "auto",
         "kernel backend of the sparse calls; a named one runs or raises, auto takes the fastest",
         source="mmeff.kernels",
@@ -149,7 +150,8 @@ class SparseAttention(MethodConfig, ABC):
             q, k: (B, N, H, D) queries and keys, N = F*H*W + T; required where `dynamic`. Elsewhere q only says on which
                 device the layout is wanted.
             layer: the layer that asks.
-        Returns: a BlockLayout for N queries and keys in which no row is empty; on the device of q, else on the CPU.
+        Returns: a BlockLayout for N queries and keys, in the order of the tokens, in which no row is empty; on the device
+            of q, else on the CPU.
         Raises: as `check_grid`.
         """
 
@@ -166,6 +168,7 @@ class SparseAttention(MethodConfig, ABC):
         grid: Grid,
         text_len: int = 0,
         layer: int = 0,
+        text_valid: Tensor | None = None,
         layout: BlockLayout | None = None,
     ) -> Tensor:
         """Sparse self-attention over the tokens of a video and its text.
@@ -173,18 +176,25 @@ class SparseAttention(MethodConfig, ABC):
         Args:
             q, k, v: (B, N, H, D), N = F*H*W + T, video first, text last, rotary embedding applied.
             grid: (F, H, W). text_len: T. layer: the layer that asks.
+            text_valid: (B,) integers, text tokens in use of each sample where prompts are padded at their end; the
+                padding is never attended, and its own output is 0. None uses all T.
             layout: what `self.layout` returned for these sizes, to save building it again.
         Returns: (B, N, H, D) in the dtype of q.
         Raises: ValueError for tensors that do not fit the grid, and as `check_grid` and the kernel.
         Numerics: those of `block_sparse_attention`.
         """
-        self.check_tokens(q, k, v, grid=grid, text_len=text_len)
+        self.check_tokens(q, k, v, grid=grid, text_len=text_len, text_valid=text_valid)
         if layout is None:
             with timed("layout", q.device):
                 layout = self.layout(grid=grid, text_len=text_len, q=q, k=k, layer=layer)
+        if text_valid is not None:
+            lengths = math.prod(grid) + text_valid
+            layout = layout.with_lengths(lengths, lengths)
         return cast(Tensor, block_sparse_attention(q, k, v, layout, backend=self.backend))
 
-    def check_tokens(self, q: Tensor, k: Tensor, v: Tensor, *, grid: Grid, text_len: int) -> None:
+    def check_tokens(
+        self, q: Tensor, k: Tensor, v: Tensor, *, grid: Grid, text_len: int, text_valid: Tensor | None = None
+    ) -> None:
         """Raise ValueError unless q, k and v are (B, N, H, D) with N = F*H*W + T, and as `check_grid`."""
         self.check_grid(grid, text_len)
         F, H, W = grid
@@ -195,3 +205,8 @@ class SparseAttention(MethodConfig, ABC):
                     f"{F}*{H}*{W} + {text_len} = {F * H * W + text_len}, got shape {tuple(x.shape)}; tokens are second, "
                     "video first and text last."
                 )
+        if text_valid is not None and (text_valid.shape != (q.shape[0],) or text_valid.is_floating_point()):
+            raise ValueError(
+                f"{type(self).__name__}.attend: text_valid must be integers of shape (B,) = ({q.shape[0]},), the text tokens "
+                f"in use of each sample, got {text_valid.dtype} {tuple(text_valid.shape)}."
+            )

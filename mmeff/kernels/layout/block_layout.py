@@ -405,6 +405,26 @@ class BlockLayout:
         """
         return self.derived(("split_plan", max_entries), lambda layout: plans.split_plan(layout, max_entries))
 
+    def with_lengths(self, q_lengths: Tensor, kv_lengths: Tensor) -> BlockLayout:
+        """Return this layout for samples that use fewer tokens than the sequence has, at its start.
+
+        Args: q_lengths, kv_lengths: (B,) integers, tokens in use of each sample.
+        Returns: a layout with the same lists, whose blocks beyond a sample's tokens hold none in use. Queries whose blocks
+            have none left are empty rows.
+        """
+
+        def valid(lengths: Tensor, counts: Tensor, block: int) -> Tensor:
+            starts = torch.arange(counts.shape[1], device=self.device) * block
+            left = (lengths.to(self.device)[:, None] - starts).clamp(min=0)
+            return torch.minimum(left, counts).to(torch.int32)
+
+        return dataclasses.replace(
+            self,
+            q_valid=valid(q_lengths, self.q_valid, self.q_block),
+            kv_valid=valid(kv_lengths, self.kv_valid, self.kv_block),
+            known_pairs=None,
+        )
+
     # ---------------------------------------------------------------- algebra
 
     def __or__(self, other: BlockLayout) -> BlockLayout:
