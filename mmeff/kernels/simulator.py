@@ -239,7 +239,7 @@ def _windows(length: int, window: int, stride: int, dilation: int, causal: bool)
 @lru_cache(maxsize=4096)
 def _count(length: int, window: int, stride: int, dilation: int, causal: bool, q_tile: int, kv_tile: int) -> _AxisCount:
     lows, highs = _windows(length, window, stride, dilation, causal)
-    visited = full = total = 0
+    visited = full = 0
     for r in range(dilation):
         low, high = lows[r::dilation], highs[r::dilation]  # by position in the class
         n = len(low)
@@ -251,7 +251,7 @@ def _count(length: int, window: int, stride: int, dilation: int, causal: bool, q
             every_low, every_high = max(low[rows]), min(high[rows])  # keys that every query of the tile sees
             complete = key_tiles if every_high == n else every_high // kv_tile  # the last tile ends with the axis
             full += max(0, complete - -(-every_low // kv_tile))
-            total += key_tiles
+    total = -(-length // q_tile) * -(-length // kv_tile)  # dense attention has no classes
     return _AxisCount(sum(highs) - sum(lows), visited, full, total)
 
 
