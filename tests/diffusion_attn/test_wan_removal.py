@@ -191,10 +191,18 @@ def test_processors_that_are_not_stock_are_refused():
     assert snapshots(pipe.transformer) == before
 
 
-def test_tokens_split_over_devices_are_refused():
+@pytest.mark.parametrize(
+    ("degrees", "message"),
+    [
+        ({"ring_degree": 2, "ulysses_degree": 1}, "ring attention shows a device only a part of the keys"),
+        ({"ring_degree": 1, "ulysses_degree": 2, "ulysses_anything": True}, "ulysses_anything splits tokens"),
+    ],
+)
+def test_tokens_split_in_other_ways_than_ulysses_are_refused(degrees, message):
     pipe = make_pipe()
-    pipe.transformer.blocks[0].attn1.processor._parallel_config = object()
-    with pytest.raises(UnsupportedModel, match="context parallelism is enabled"):
+    config = SimpleNamespace(context_parallel_config=SimpleNamespace(**degrees))
+    pipe.transformer.blocks[0].attn1.processor._parallel_config = config
+    with pytest.raises(UnsupportedModel, match=message):
         mmeff.accelerate(pipe, SPARSE)
 
 

@@ -35,6 +35,7 @@ class Forward:
     text_len: int
     step: int | None  # denoising step, shared by the guidance branches; None where nothing tells it
     dense_layers: frozenset[int]
+    text_valid: Tensor | None = None  # (B,) text tokens in use of each sample, where prompts are padded
     no_step: str | None = None  # why the schedule cannot be followed, where it cannot
 
 
@@ -62,7 +63,16 @@ class Session:
 
     # ---------------------------------------------------------------- a forward
 
-    def begin(self, *, grid: Grid, text_len: int, num_layers: int, device: torch.device, context: Any) -> Forward:
+    def begin(
+        self,
+        *,
+        grid: Grid,
+        text_len: int,
+        num_layers: int,
+        device: torch.device,
+        context: Any,
+        text_valid: Tensor | None = None,
+    ) -> Forward:
         """Start a forward: check the grid, find the step, and build the layouts that it will need.
 
         Raises: ValueError if the method cannot serve the grid, also when its schedule keeps this step dense, so that a
@@ -81,7 +91,7 @@ class Session:
                 for layer in range(num_layers)
                 if method.is_dense(step=step, num_steps=num_steps, layer=layer, num_layers=num_layers)
             )
-        self.now = Forward(grid, text_len, step, dense, no_step)
+        self.now = Forward(grid, text_len, step, dense, text_valid, no_step)
         self.handle.recorder.forwards += 1
         for layer in sorted(set(range(num_layers)) - dense):
             self.layout(layer, device)  # here, so that its time is not part of the first layer's
@@ -143,9 +153,12 @@ class Session:
         kept = self.layout(layer, q.device)
         layout = kept.layout if kept is not None else None
         with record() as calls, timed_by(recorder):
-            out = self.method.attend(q, k, v, grid=now.grid, text_len=now.text_len, layer=layer, layout=layout)
+            out = self.method.attend(
+                q, k, v, grid=now.grid, text_len=now.text_len, layer=layer, text_valid=now.text_valid, layout=layout
+            )
         # a method may call kernels for its text or its parts too: the sparsest call is the one that is meant
-        kernel = min(calls, key=lambda call: call.density, default=None)
+        counted = [(call.density, i) for i, call in enumerate(calls) if call.density is not None]
+        kernel = calls[min(counted)[1]] if counted else None
         density = kept.density if kept is not None else kernel.density if kernel is not None else None
         backend = kernel.backend if kernel is not None else None
         recorder.call(layer, FULL if density == 1.0 else SPARSE, step=now.step, density=density, backend=backend)
@@ -205,8 +218,8 @@ def watch(
 
     Args:
         num_layers: its attention layers.
-        sizes: `(transformer, args, kwargs) -> (grid, text_len, device)` of a forward, or None if the arguments do not
-            tell; the model itself will complain about them.
+        sizes: `(transformer, args, kwargs) -> (grid, text_len, device, text_valid)` of a forward, or None if the
+            arguments do not tell; the model itself will complain about them.
     """
     handle = session.handle
     receiver = _ContextReceiver()
@@ -217,12 +230,17 @@ def watch(
         found = sizes(module, args, kwargs)
         if found is None:
             return
-        grid, text_len, device = found
+        grid, text_len, device, text_valid = found
         if not handle.enabled:  # timed all the same: a disabled handle is how dense runs are measured
             open_spans.enter_context(handle.recorder.time("denoising, dense steps", device))
             return
         now = session.begin(
-            grid=grid, text_len=text_len, num_layers=num_layers, device=device, context=receiver.context
+            grid=grid,
+            text_len=text_len,
+            num_layers=num_layers,
+            device=device,
+            context=receiver.context,
+            text_valid=text_valid,
         )
         acts = len(now.dense_layers) < num_layers
         open_spans.enter_context(

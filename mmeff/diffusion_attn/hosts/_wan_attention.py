@@ -8,36 +8,11 @@ import torch
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor, _get_qkv_projections
 from torch import Tensor
 
-from mmeff.diffusion_attn.hosts._denoiser import Session
+from mmeff.diffusion_attn.hosts._processor import Projected, SparseProcessor
 
 
-class SparseWanProcessor(WanAttnProcessor):
-    """One self-attention layer under a handle.
-
-    Dense calls go to the original processor untouched, so they are bit-identical. Settings that diffusers writes on a
-    processor while it is installed (attention backend, context parallelism) reach the original and outlive us.
-    """
-
-    def __init__(self, original: WanAttnProcessor, layer: int, session: Session) -> None:
-        self.original = original
-        self.layer = layer
-        self.session = session
-
-    @property
-    def _attention_backend(self) -> Any:
-        return self.original._attention_backend
-
-    @_attention_backend.setter
-    def _attention_backend(self, value: Any) -> None:
-        self.original._attention_backend = value
-
-    @property
-    def _parallel_config(self) -> Any:
-        return self.original._parallel_config
-
-    @_parallel_config.setter
-    def _parallel_config(self, value: Any) -> None:
-        self.original._parallel_config = value
+class SparseWanProcessor(SparseProcessor, WanAttnProcessor):
+    """One self-attention layer of Wan under a handle."""
 
     def __call__(
         self,
@@ -48,33 +23,31 @@ class SparseWanProcessor(WanAttnProcessor):
         rotary_emb: tuple[Tensor, Tensor] | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        obstacle = self._obstacle(encoder_hidden_states, attention_mask)
-        if not self.session.admits(self.layer, hidden_states.device, tokens=hidden_states.shape[1], obstacle=obstacle):
-            return self.original(attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb, **kwargs)
-        q, k, v = self_attention_inputs(attn, hidden_states, rotary_emb)
-        out = self.session.attend(self.layer, q, k, v).flatten(2).type_as(q)
-        return attn.to_out[1](attn.to_out[0](out))
+        call = {
+            "encoder_hidden_states": encoder_hidden_states,
+            "attention_mask": attention_mask,
+            "rotary_emb": rotary_emb,
+            **kwargs,
+        }
+        return self.run(attn, hidden_states, call)
 
-    def _obstacle(self, encoder_hidden_states: Tensor | None, attention_mask: Tensor | None) -> str | None:
-        if self._parallel_config is not None:
-            return "context parallelism splits the tokens over devices, and the layout is for all of them"
-        if encoder_hidden_states is not None or attention_mask is not None:
+    def tokens(self, hidden_states: Tensor, encoder_hidden_states: Tensor | None) -> int:
+        return hidden_states.shape[1]
+
+    def obstacle(self, call: dict[str, Any]) -> str | None:
+        if call["encoder_hidden_states"] is not None or call["attention_mask"] is not None:
             return "self-attention was called with other keys or with a mask"
         return None
 
+    def project(self, attn: Any, hidden_states: Tensor, call: dict[str, Any]) -> Projected:
+        q, k, v = _get_qkv_projections(attn, hidden_states, hidden_states)
+        q, k, v = (x.unflatten(2, (attn.heads, -1)) for x in (attn.norm_q(q), attn.norm_k(k), v))
+        if call["rotary_emb"] is not None:
+            q, k = rotate(q, *call["rotary_emb"]), rotate(k, *call["rotary_emb"])
+        return Projected(q, k, v)
 
-def self_attention_inputs(
-    attn: Any, hidden_states: Tensor, rotary_emb: tuple[Tensor, Tensor] | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k, v (B, N, H, D) of a Wan self-attention: projected (fused or not), normalised, rotated.
-
-    Args: hidden_states (B, N, C); rotary_emb the cosines and sines, (1, N, 1, D) each, or None.
-    """
-    q, k, v = _get_qkv_projections(attn, hidden_states, hidden_states)
-    q, k, v = (x.unflatten(2, (attn.heads, -1)) for x in (attn.norm_q(q), attn.norm_k(k), v))
-    if rotary_emb is not None:
-        q, k = rotate(q, *rotary_emb), rotate(k, *rotary_emb)
-    return q, k, v
+    def finish(self, attn: Any, out: Tensor, projected: Projected, call: dict[str, Any]) -> Tensor:
+        return attn.to_out[1](attn.to_out[0](out.flatten(2).type_as(projected.q)))
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
