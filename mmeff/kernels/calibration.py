@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import platform
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -27,6 +28,8 @@ _log = logging.getLogger(__name__)
 
 # Dense multiply-adds of a call from which on measuring first is worth it: a tenth of a second on one core.
 WORTH_CALIBRATING = 4e9
+# Rounds whose ratios of dense to sparse time differ by more than this, p80 over p20, are not trusted.
+NOISY = 1.5
 
 
 @dataclass(frozen=True)
@@ -103,25 +106,33 @@ def calibrate(
     direction: str = "forward",
     *,
     tokens: int = 1024,
-    rounds: int = 5,
+    rounds: int = 7,
 ) -> Rates:
     """Measure every backend against plain dense attention on this machine, and keep the result for later processes.
 
     Args:
-        device, dtype, direction: what to measure. tokens: length of the test sequence. rounds: of which the fastest
-            counts, because whatever else the machine does can only slow a round down.
-    Returns: the measured Rates.
+        device, dtype, direction: what to measure. tokens: length of the test sequence. rounds: in each of which dense
+            attention and every backend run once; the ratios are medians over the rounds.
+    Returns: the measured Rates; or the defaults, where the rounds disagree so much (NOISY) that the machine must be busy
+        with something else: a wrong measurement would be kept for good.
     """
     from .block_sparse.measure import measure
 
     device = torch.device(device)
-    dense, ratios = measure(device, dtype, direction, tokens=tokens, rounds=rounds)
-    found = Rates(dense, ratios, measured=True)
+    name = f"{direction} {str(dtype).removeprefix('torch.')}"
+    found = measure(device, dtype, direction, tokens=tokens, rounds=rounds)
     machine = _machine(device.type)
-    stored = {**_stored(machine), f"{direction} {str(dtype).removeprefix('torch.')}": found}
-    _store(machine, stored)
-    _log.info("calibrated %s %s on %s: %s", direction, dtype, machine, found)
-    return found
+    if found.spread > NOISY:
+        default = _DEFAULTS.get((device.type, direction)) or _DEFAULTS["cpu", direction]
+        _loaded[machine] = {**_stored(machine), name: default}  # for this process: do not measure at every call
+        _log.warning(
+            "too busy to calibrate %s (spread %.2f): using defaults; `mmeff calibrate` tries again", name, found.spread
+        )
+        return default
+    rates = Rates(found.dense, found.ratios, measured=True)
+    _store(machine, {**_stored(machine), name: rates})
+    _log.info("calibrated %s on %s: %s", name, machine, rates)
+    return rates
 
 
 @lru_cache
@@ -174,18 +185,18 @@ def _store(machine: str, found: dict[str, Rates]) -> None:
         _log.warning("cannot keep the calibration in the cache: %s", error)
 
 
+def seconds(run: Callable[[], object], device: torch.device) -> float:
+    """Time one call."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    run()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
+
+
 def fastest(run: Callable[[], object], rounds: int, device: torch.device) -> float:
     """Return the shortest of some timings of `run`, in seconds, after one call to warm up."""
-    import time
-
-    def once() -> float:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        start = time.perf_counter()
-        run()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return time.perf_counter() - start
-
-    once()
-    return min(once() for _ in range(rounds))
+    run()
+    return min(seconds(run, device) for _ in range(rounds))

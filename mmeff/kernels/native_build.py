@@ -22,7 +22,16 @@ from pathlib import Path
 
 from .cache import cache_dir
 
-COMMON_FLAGS = ("-O3", "-std=gnu11", "-shared", "-fPIC", "-fopenmp", "-fno-math-errno", "-fno-trapping-math")
+COMMON_FLAGS = (
+    "-O3",
+    "-std=gnu11",
+    "-shared",
+    "-fPIC",
+    "-fopenmp",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-fno-strict-aliasing",
+)
 COMPILERS = ("cc", "gcc", "clang")
 COMPILE_TIMEOUT = 300  # seconds; it takes three
 CHECKSUM_BYTES = hashlib.sha256().digest_size
@@ -95,7 +104,9 @@ def _build(sources: tuple[Path, ...]) -> Build:
         return Build(None, str(error), isa)
     except OSError as error:
         return Build(
-            None, f"the compiled kernel cannot be kept or loaded ({error}); set MMEFF_CACHE to a directory of yours", isa
+            None,
+            f"the compiled kernel cannot be kept or loaded ({error}); set MMEFF_CACHE to a directory of yours",
+            isa,
         )
 
 
@@ -119,26 +130,31 @@ def find_compiler() -> Compiler:
     else:
         command = next(((x,) for x in COMPILERS if shutil.which(x)), ())
     if not command:
-        raise _CannotBuild(f"there is no C compiler: none of {', '.join(COMPILERS)} is on the PATH; install gcc or set CC")
+        raise _CannotBuild(
+            f"there is no C compiler: none of {', '.join(COMPILERS)} is on the PATH; install gcc or set CC"
+        )
     return Compiler(command, _run([*command, "--version"]).splitlines()[0])
 
 
 def _run(command: list[str]) -> str:
     """Run a compiler command and return what it says, or raise what the user should know."""
-    shown = shlex.join(command)
     try:
         done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=COMPILE_TIMEOUT)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise _CannotBuild(f"the C compiler cannot be run ({error}); set CC to one that works") from error
-    if done.returncode or not done.stdout and "--version" in command:
-        said = "; ".join(done.stderr.strip().splitlines()[:3]) or f"exit status {done.returncode}"
-        raise _CannotBuild(f"the C compiler fails: {shown}: {said}; set CC to one that works")
+    if done.returncode or (not done.stdout and "--version" in command):
+        lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
+        said = next((line for line in lines if "error" in line), lines[0])
+        raise _CannotBuild(f"the C compiler {command[0]!r} fails ({said}); set CC to one that works")
     return done.stdout
 
 
 def _key(sources: tuple[Path, ...], flags: tuple[str, ...], compiler: Compiler) -> str:
     digest = hashlib.sha256()
-    for part in (*(source.read_bytes() for source in sources), *map(str.encode, (*flags, *compiler.command, compiler.version))):
+    for part in (
+        *(source.read_bytes() for source in sources),
+        *map(str.encode, (*flags, *compiler.command, compiler.version)),
+    ):
         digest.update(len(part).to_bytes(8, "little") + part)
     return digest.hexdigest()[:24]
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..calibration import fastest
+from ..calibration import seconds
 from ..dispatch import without_autocast
 from ..layout import BlockLayout
 from . import op, sdpa
@@ -34,10 +35,17 @@ def random_layout(
     return BlockLayout.from_block_mask(mask.to(device), q_len=N, kv_len=N, q_block=block, kv_block=block)
 
 
-def measure(
-    device: torch.device, dtype: torch.dtype, direction: str, *, tokens: int, rounds: int
-) -> tuple[float, dict[str, float]]:
-    """Return the dense multiply-adds per second, and every usable backend's throughput relative to that.
+@dataclass(frozen=True)
+class Measured:
+    """What one measurement found: see `calibration.Rates`. spread: of the paired ratios, their p80 over their p20."""
+
+    dense: float
+    ratios: dict[str, float]
+    spread: float
+
+
+def measure(device: torch.device, dtype: torch.dtype, direction: str, *, tokens: int, rounds: int) -> Measured:
+    """Time plain dense attention and every usable backend in turn, round after round, and compare within the rounds.
 
     Args: as `calibration.calibrate`.
     """
@@ -65,14 +73,18 @@ def measure(
                 if back.name != "reference" and back.why_not(gradients) is None:
                     runs[back.name] = partial(back.run, gradients)
             macs = gradients.multiply_adds
-        dense = fastest(plain, rounds, device)
-        times = {name: fastest(run, rounds, device) for name, run in runs.items()}
+        for run in (plain, *runs.values()):  # compile, plan, touch the memory
+            run()
+        times = [[seconds(run, device) for run in (plain, *runs.values())] for _ in range(rounds)]
+    found = torch.tensor(times, dtype=torch.float64)
+    paired = found[:, :1] / found[:, 1:]
+    spread = paired.quantile(0.8, 0) / paired.quantile(0.2, 0)
     # the dense backend computes all pairs under the mask; the others only what they visit
     ratios = {
-        "masked" if name == "sdpa" else name: dense / time * (1.0 if name == "sdpa" else half.block_density)
-        for name, time in times.items()
+        "masked" if name == "sdpa" else name: ratio * (1.0 if name == "sdpa" else half.block_density)
+        for name, ratio in zip(runs, paired.median(0).values.tolist(), strict=True)
     }
-    return macs / dense, ratios
+    return Measured(macs / found[:, 0].min().item(), ratios, spread.max().item())
 
 
 def _dense(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -14,16 +14,16 @@ from torch import Tensor
 
 from ..dispatch import Backend, choose, note, without_autocast
 from ..layout.identity import layout_of, lists_of
-from . import gather, reference, sdpa
+from . import gather, native, reference, sdpa, triton_impl
 from .problem import BackwardProblem, Problem, accumulation_dtype
 
 OPERATOR = "block_sparse_attention"
 # In the order of explain(); equal costs go to the first.
 FORWARD: tuple[Backend[Problem], ...] = (
-    gather.FORWARD, sdpa.FORWARD, reference.FORWARD,
+    triton_impl.FORWARD, native.FORWARD, gather.FORWARD, sdpa.FORWARD, reference.FORWARD,
 )  # fmt: skip
 BACKWARD: tuple[Backend[BackwardProblem], ...] = (
-    gather.BACKWARD, sdpa.BACKWARD, reference.BACKWARD,
+    triton_impl.BACKWARD, native.BACKWARD, gather.BACKWARD, sdpa.BACKWARD, reference.BACKWARD,
 )  # fmt: skip
 
 
