@@ -9,7 +9,8 @@ from .block_sparse import Summary, block_sparse_attention, explain
 from .dispatch import record
 from .layout import BlockLayout, Bounds
 from .merge import merge_attention
-from .routed import routed_attention
+from .neighborhood import explain_neighborhood, na_scores, na_values, neighborhood_attention
+from .routed import explain_routed, routed_attention
 from .token_scores import token_scores
 
 __all__ = [
@@ -18,7 +19,12 @@ __all__ = [
     "Summary",
     "block_sparse_attention",
     "explain",
+    "explain_neighborhood",
+    "explain_routed",
     "merge_attention",
+    "na_scores",
+    "na_values",
+    "neighborhood_attention",
     "record",
     "routed_attention",
     "token_scores",

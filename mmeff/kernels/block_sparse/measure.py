@@ -17,6 +17,7 @@ from . import op, sdpa
 from .problem import BackwardProblem, Problem
 
 BLOCK = 64
+BUDGET = 2.0  # seconds after which no further round is begun, on a machine that is slow or busy
 
 
 def random_layout(
@@ -75,7 +76,9 @@ def measure(device: torch.device, dtype: torch.dtype, direction: str, *, tokens:
             macs = gradients.multiply_adds
         for run in (plain, *runs.values()):  # compile, plan, touch the memory
             run()
-        times = [[seconds(run, device) for run in (plain, *runs.values())] for _ in range(rounds)]
+        times: list[list[float]] = []
+        while len(times) < rounds and (len(times) < 3 or sum(map(sum, times)) < BUDGET):
+            times.append([seconds(run, device) for run in (plain, *runs.values())])
     found = torch.tensor(times, dtype=torch.float64)
     paired = found[:, :1] / found[:, 1:]
     spread = paired.quantile(0.8, 0) / paired.quantile(0.2, 0)
