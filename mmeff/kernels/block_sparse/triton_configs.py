@@ -218,6 +218,10 @@ def _sweep(problem: Problem, device: _Device, rounds: int) -> dict[str, Config]:
                 milliseconds = _fastest(lambda: run(candidate), rounds)  # noqa: B023 called at once
             except (CompilationError, OutOfResources, PTXASError):  # too large for this GPU: not a candidate there
                 continue
+            except RuntimeError as error:
+                if "PassManager" not in str(error):
+                    raise
+                continue  # the compiler's passes give up on some combinations
             if milliseconds < best_time:
                 best, best_time = candidate, milliseconds
         if best is not None:

@@ -23,6 +23,8 @@ import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+# Counts that differ from layout to layout; no layout of a running model should compile a kernel again.
+VARYING = ["n_items", "shared", "blocks"]
 
 
 # -------------------------------------------------------------------- what all kernels share
@@ -159,7 +161,7 @@ def _forward_loop(
     return acc, total, top
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def forward(
     q, k, v, out, lse, piece_out, piece_lse, items, n_items, HX, GX, H, group, scale,
     q_b, q_n, q_h, q_d, k_b, k_n, k_h, k_d, v_b, v_n, v_h, v_d,
@@ -223,7 +225,7 @@ def forward(
             tl.store(piece_lse + at + slots, log2_total, mask=slots < inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def merge(
     piece_out, piece_lse, out, lse, items, n_items, HX, GX, H, n_rows, blocks, lists_h, shared,
     D: tl.constexpr, BD: tl.constexpr, ROW_BLOCK: tl.constexpr, ROW_TILE: tl.constexpr, ROW_SUBS: tl.constexpr,
@@ -323,7 +325,7 @@ def _dq_loop(
     return acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def dq(
     q, k, v, dout, lse, delta, grad, piece_grad, items, n_items, HX, GX, H, group, scale,
     q_b, q_n, q_h, q_d, k_b, k_n, k_h, k_d, v_b, v_n, v_h, v_d, do_b, do_n, do_h, do_d,
@@ -411,7 +413,7 @@ def _dkdv_loop(
     return dk, dv
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def dkdv(
     q, k, v, dout, lse, delta, grad_k, grad_v, piece_dk, piece_dv, items, n_items, HX, GX, H, Hk, scale,
     q_b, q_n, q_h, q_d, k_b, k_n, k_h, k_d, v_b, v_n, v_h, v_d, do_b, do_n, do_h, do_d,
@@ -481,7 +483,7 @@ def dkdv(
                 _store(piece_dv + at * D, dv_acc, slots, inside, D, D, BD)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def add_pieces(
     piece_grad, grad, items, n_items, HX, GX, H, n_rows, blocks, lists_h, shared,
     D: tl.constexpr, BD: tl.constexpr, ROW_BLOCK: tl.constexpr, ROW_TILE: tl.constexpr, ROW_SUBS: tl.constexpr,
