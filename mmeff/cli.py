@@ -1,4 +1,4 @@
-"""The command line: `mmeff list | plan | compare | generate | ask | train`.
+"""The command line: `mmeff list | plan | compare | generate | ask | calibrate | bench | train`.
 
 Every command prints for people, or with `--json` for programs. A method is named as in Python; its fields come from
 `--config file.yaml` and from `--set field=value`, which wins. Exit codes: 0 fine, 1 an error that a message explains, 2 wrong
@@ -22,6 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 import mmeff
+from mmeff.cli_bench import PASS_ON, bench, calibrate
 from mmeff.cli_train import MISSED, train_app
 from mmeff.config import MethodConfig, describe, normalise
 from mmeff.errors import MediaError, NothingAccelerated
@@ -439,6 +440,10 @@ def ask(
         print(text)
         for report in reports:
             print(report)
+
+
+app.command()(calibrate)
+app.command(context_settings=PASS_ON)(bench)
 
 
 def main() -> None:

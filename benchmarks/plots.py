@@ -1,0 +1,235 @@
+"""Figures of a results file: speedup against sparsity, a panel per dtype and block size, and one figure of all the rest.
+
+Every point is a median of paired ratios, with a bar from the 20th to the 80th percentile. Losses are drawn like gains.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mmeff.evaluation.pictures import COLOURS, INK, MARKERS, MUTED, PAPER, RULE
+
+from .results import Row, latest
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Backends keep their colour and marker in every figure. "auto" is drawn wide and pale: it lies on top of another.
+LOOKS = {
+    name: (COLOURS[i], MARKERS[i]) for i, name in enumerate(("native", "gather", "sdpa", "triton", "tiles", "grouped"))
+}
+AUTO = "#b8c0cb"
+DPI = 160
+HEAD = 0.6  # inches above the panels, for the two lines of _head
+MOST_PANELS = 3  # side by side
+
+
+def draw(rows: list[Row], folder: Path, stem: str) -> list[Path]:
+    """Draw what the rows hold, and return the files written: PNG, in `folder`, named after `stem`.
+
+    Raises: ValueError if no row is measured.
+    """
+    measured = [r for r in latest(rows) if r.status == "measured"]
+    if not measured:
+        raise ValueError("plot: the file holds no measured row; run `python -m benchmarks kernels` first.")
+    folder.mkdir(parents=True, exist_ok=True)
+    written = []
+    machines = sorted({r.hardware for r in measured})
+    for hardware in machines:
+        of_machine = [r for r in measured if r.hardware == hardware]
+        name = stem if len(machines) == 1 else f"{stem}-{_slug(hardware)}"
+        curves = [r for r in of_machine if _is_on_a_curve(r)]
+        for peer, direction in sorted({(r.peer, r.direction) for r in curves}):
+            path = folder / f"{name}-{_slug(peer)}-{_slug(direction)}.png"
+            _sparsity([r for r in curves if (r.peer, r.direction) == (peer, direction)], path)
+            written.append(path)
+        others = [r for r in of_machine if not _is_on_a_curve(r)]
+        if others:
+            path = folder / f"{name}-operators.png"
+            _operators(others, path)
+            written.append(path)
+    return written
+
+
+def _is_on_a_curve(row: Row) -> bool:
+    return row.operator == "block_sparse_attention" and row.what.startswith("random")
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
+
+
+# ---------------------------------------------------------------- speedup against sparsity
+
+
+def _sparsity(rows: list[Row], path: Path) -> None:
+    """One panel per shape, dtype and block size; one line per backend."""
+    panels = sorted({_panel(r) for r in rows})
+    columns = min(len(panels), MOST_PANELS)
+    lines = -(-len(panels) // columns)
+    top = max(r.ratio["p80"] for r in rows if r.ratio)
+    bottom = min(r.ratio["p20"] for r in rows if r.ratio)
+    with _figure(1.2 + 3.7 * columns, 1.1 + 3.3 * lines) as figure:
+        axes = figure.subplots(lines, columns, squeeze=False, sharey=True).flatten().tolist()
+        for panel, ax in zip(panels, axes, strict=False):
+            _curves(ax, [r for r in rows if _panel(r) == panel])
+            ax.set_ylim(min(0.5, bottom / 1.3), max(2.2, top * 1.4))
+            shape, dtype, block = panel
+            _title(ax, f"{dtype}, {block}-token blocks", shape)
+            ax.set_xlabel("blocks left out (%)")
+        for ax in axes[len(panels) :]:
+            ax.set_visible(False)
+        for row in range(lines):
+            axes[row * columns].set_ylabel(f"speedup over {_peer(rows[0])}")
+        seen = {line.get_label(): line for ax in axes for line in ax.get_legend_handles_labels()[0]}
+        figure.legend(
+            list(seen.values()), [str(x) for x in seen], loc="outside lower left", ncols=len(seen), fontsize=9
+        )
+        _head(figure, f"Block-sparse attention, {rows[0].direction}", rows[0])
+        figure.savefig(path, dpi=DPI)
+
+
+def _panel(row: Row) -> tuple[str, str, int]:
+    s = row.shape
+    heads = f"H {s['H']}" + (f"/{s['Hk']}" if s["Hk"] != s["H"] else "")
+    return f"B {s['B']}, N {s['N']}, {heads}, D {s['D']}", row.dtype, row.block or 0
+
+
+def _curves(ax: Axes, rows: list[Row]) -> None:
+    ax.set_yscale("log", base=2)
+    ax.axhline(1, color=INK, linewidth=0.9, zorder=1)
+    sparsities = sorted({_sparsity_of(r) for r in rows})
+    grid = [i / 2 for i in range(2 * min(round(max(sparsities, default=0)), 98) + 1)]
+    ax.plot(
+        grid,
+        [100 / (100 - x) for x in grid],
+        "--",
+        color=MUTED,
+        linewidth=1,
+        label="in proportion to the work",
+        zorder=1,
+    )
+    for i, backend in enumerate(sorted({r.backend for r in rows}, key=lambda name: (name != "auto", name))):
+        points = sorted((_sparsity_of(r), r.ratio) for r in rows if r.backend == backend and r.ratio)
+        x, y = [p[0] for p in points], [p[1]["p50"] for p in points]
+        bars = [[p[1]["p50"] - p[1]["p20"] for p in points], [p[1]["p80"] - p[1]["p50"] for p in points]]
+        colour, marker = LOOKS.get(backend, (COLOURS[-1 - i % 2], MARKERS[-1]))
+        style: dict[str, Any] = {"color": colour, "marker": marker, "markersize": 5, "linewidth": 1.6, "zorder": 3}
+        if backend == "auto":
+            style = {"color": AUTO, "marker": "o", "markersize": 11, "linewidth": 7, "zorder": 2}
+        ax.plot(x, y, label=backend, solid_capstyle="round", **style)
+        if backend != "auto":
+            ax.errorbar(x, y, bars, fmt="none", ecolor=colour, elinewidth=1, capsize=2.5, zorder=3)
+            for a, b in zip(x, y, strict=True):
+                ax.annotate(
+                    f"{b:.3g}", (a, b), (0, 7), textcoords="offset points", ha="center", fontsize=7.5, color=colour
+                )
+    ax.set_xticks(sparsities, [f"{x:.3g}" for x in sparsities])
+    ax.set_xlim(min(sparsities) - 7, max(sparsities) + 7)
+    _plain_ticks(ax.yaxis)
+    ax.grid(axis="y", color=RULE, linewidth=0.8)
+
+
+def _sparsity_of(row: Row) -> float:
+    """Percent of the blocks that are left out."""
+    return round(100 * (1 - (row.block_density or 0.0)), 1)
+
+
+# ---------------------------------------------------------------- all other operators
+
+
+def _operators(rows: list[Row], path: Path) -> None:
+    """One line per case, backend and peer, grouped by operator."""
+    rows = sorted(rows, key=lambda r: (r.operator, r.what, r.dtype, r.direction, r.peer, r.backend))
+    peers = sorted({r.peer for r in rows})
+    with _figure(10.5, 1.7 + 0.46 * len(rows)) as figure:
+        ax = figure.subplots()
+        ax.set_xscale("log", base=2)
+        ax.axvline(1, color=INK, linewidth=0.9)
+        labels = []
+        for y, row in enumerate(rows):
+            assert row.ratio is not None
+            ratio, colour = row.ratio, COLOURS[peers.index(row.peer) % len(COLOURS)]
+            ax.plot([1, ratio["p50"]], [y, y], color=colour, linewidth=1.4, alpha=0.45, zorder=2)
+            bars = [[ratio["p50"] - ratio["p20"]], [ratio["p80"] - ratio["p50"]]]
+            marker = MARKERS[peers.index(row.peer) % len(MARKERS)]
+            ax.errorbar(ratio["p50"], y, xerr=bars, fmt=marker, color=colour, markersize=6, capsize=2.5, zorder=3,
+                        label=_peer(row))  # fmt: skip
+            above = ratio["p50"] >= 1
+            ax.annotate(f"{ratio['p50']:.3g}", (ratio["p80"] if above else ratio["p20"], y), (7 if above else -7, 0),
+                        textcoords="offset points", ha="left" if above else "right", va="center", fontsize=8.5, color=INK)  # fmt: skip
+            ran = row.backend if row.ran in (None, row.backend) else f"{row.backend}: {row.ran}"
+            labels.append(
+                f"{row.operator.replace('_', ' ')}, {row.dtype}, {row.direction} ({ran})\n{row.what}; {_panel(row)[0]}"
+            )
+        ax.set_yticks(range(len(rows)), labels, fontsize=7.5)
+        ax.set_ylim(len(rows) - 0.4, -0.6)
+        values = [v for r in rows if r.ratio for v in r.ratio.values()]
+        ax.set_xlim(min(0.5, min(values) / 1.5), max(2.2, max(values) * 1.7))
+        _plain_ticks(ax.xaxis)
+        ax.grid(axis="x", color=RULE, linewidth=0.8)
+        ax.set_xlabel("speedup: the peer's time over ours")
+        seen = dict(zip(*reversed(ax.get_legend_handles_labels()), strict=True))
+        figure.legend(list(seen.values()), list(seen), loc="outside lower left", ncols=len(seen), fontsize=9)
+        _head(figure, "Other operators", rows[0])
+        figure.savefig(path, dpi=DPI)
+
+
+# ---------------------------------------------------------------- style
+
+
+def _peer(row: Row) -> str:
+    names = {"sdpa": "dense attention (SDPA)", "cudnn": "dense attention (cuDNN)", "flash": "dense attention (flash)"}
+    return names.get(row.peer, f"{row.peer} at the same layout")
+
+
+def _head(figure: Figure, title: str, row: Row) -> None:
+    versions = ", ".join(
+        f"{name} {row.environment[name]}" for name in ("torch", "triton", "mmeff") if name in row.environment
+    )
+    height = figure.get_figheight()
+    subtitle = f"{row.hardware}; {versions}; medians, bars from the 20th to the 80th percentile"
+    figure.text(
+        0.12 / figure.get_figwidth(), 1 - 0.1 / height, title, fontsize=12.5, fontweight="bold", color=INK, va="top"
+    )
+    figure.text(0.12 / figure.get_figwidth(), 1 - 0.38 / height, subtitle, fontsize=8.5, color=MUTED, va="top")
+
+
+def _title(ax: Axes, title: str, subtitle: str) -> None:
+    ax.set_title(title, loc="left", fontsize=10.5, fontweight="bold", color=INK, pad=20)
+    ax.annotate(subtitle, (0, 1), (0, 7), xycoords="axes fraction", textcoords="offset points", fontsize=8, color=MUTED)
+
+
+def _plain_ticks(axis: Any) -> None:
+    """Powers of two as plain numbers."""
+    from matplotlib.ticker import FuncFormatter, NullFormatter
+
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}x"))
+    axis.set_minor_formatter(NullFormatter())
+
+
+@contextmanager
+def _figure(width: float, height: float) -> Iterator[Figure]:
+    """A figure in the house style; no pyplot, which would keep it alive and pick a backend for the user."""
+    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+    style: Any = {
+        "font.family": "DejaVu Sans", "font.size": 9.5, "text.color": INK,
+        "axes.edgecolor": MUTED, "axes.labelcolor": MUTED, "axes.facecolor": PAPER, "axes.linewidth": 0.8,
+        "axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True,
+        "xtick.color": MUTED, "ytick.color": MUTED, "xtick.labelsize": 9, "ytick.labelsize": 9,
+        "legend.frameon": False, "figure.facecolor": PAPER,
+    }  # fmt: skip
+    with matplotlib.rc_context(style):
+        layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1, rect=(0, 0, 1, 1 - HEAD / height))
+        figure = Figure(figsize=(width, height), layout=layout)
+        FigureCanvasAgg(figure)
+        yield figure
