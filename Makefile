@@ -33,6 +33,8 @@ run: $(STAMP) ## compare dense with accelerated models on the tiny models, into 
 
 test: $(STAMP) ## run the tests (ARGS="-k layout" for some of them)
 	@HF_HUB_OFFLINE=1 OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} $(BIN)/python -m pytest $(ARGS)
+	@$(if $(ARGS),,echo "The Triton kernels, in Triton's interpreter")
+	@$(if $(ARGS),,TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m interpreter tests/kernels)
 
 lint: $(STAMP) ## check style, types and the direction of imports
 	$(BIN)/ruff check .

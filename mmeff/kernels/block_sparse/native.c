@@ -152,13 +152,12 @@ static void write_row(const Tensor *t, int64_t dtype, int64_t b, int64_t token, 
 }
 
 /* Transposed panels of a key block: panel x holds [D][width] floats, or [D / 2][width] pairs, width <= PANEL.
- * Keys that are not in use are zeros, so that nothing they hold (NaN, say) enters a product. `row` is room for a row. */
+ * Lanes of keys that are not in use are left as they were: their scores are hidden, or not looked at. `row` is room. */
 static void pack_transposed(float *to, const Call *c, const Sizes *s, const Tensor *t, int64_t b, int64_t h, int64_t kb,
                             float *row) {
     const int64_t used = kv_used(c, b, kb), words = s->packed_pairs ? (c->D + 1) / 2 : c->D;
     for (int64_t x = 0; x < used; x += PANEL, to += PANEL * s->Dp) {
         const int64_t width = min64(PANEL, s->kv_pad - x), keys = min64(PANEL, used - x);
-        if (keys < width) memset(to, 0, words * width * 4);
         for (int64_t j = 0; j < keys; j++) {
             const int64_t token = kb * c->kv_block + x + j;
             if (s->packed_pairs) read_pairs((uint32_t *)row, t, b, token, h, c->D);
