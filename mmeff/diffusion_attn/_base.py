@@ -6,7 +6,6 @@ dense layers) and runs the kernel. It knows no model; `hosts/` do.
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor
 
 from mmeff.config import MethodConfig, option
+from mmeff.diffusion_attn._ordered import KernelLayout, OrderedLayout
 from mmeff.kernels import BlockLayout, block_sparse_attention
 from mmeff.report import Recorder
 
@@ -37,7 +37,7 @@ def timed_by(recorder: Recorder) -> Iterator[None]:
 
 
 def timed(name: str, device: torch.device) -> AbstractContextManager[None]:
-    """A span for the report: methods wrap what they do besides attention ("layout", "selection") in it."""
+    """A span for the report: methods wrap what they do besides attention ("layout", "selection", "permute") in it."""
     recorder = _recorder.get()
     return nullcontext() if recorder is None else recorder.time(name, device)
 
@@ -155,6 +155,18 @@ class SparseAttention(MethodConfig, ABC):
         Raises: as `check_grid`.
         """
 
+    def kernel_layout(
+        self, *, grid: Grid, text_len: int = 0, q: Tensor | None = None, k: Tensor | None = None, layer: int = 0
+    ) -> KernelLayout:
+        """What `attend` runs on: hosts keep it and pass it to `attend`, plans read density and speedup from it.
+
+        Args: as `layout`.
+        Returns: the same pairs as `layout`, in an order of tokens and in blocks that suit the kernel; here `layout` itself.
+            Methods that run in an order of their own return an OrderedLayout.
+        Raises: as `check_grid`.
+        """
+        return self.layout(grid=grid, text_len=text_len, q=q, k=k, layer=layer)
+
     def layout_key(self, layer: int) -> Hashable:
         """Layers with equal keys share one layout; by default all do. Only asked where not `dynamic`."""
         return None
@@ -169,7 +181,7 @@ class SparseAttention(MethodConfig, ABC):
         text_len: int = 0,
         layer: int = 0,
         text_valid: Tensor | None = None,
-        layout: BlockLayout | None = None,
+        layout: KernelLayout | None = None,
     ) -> Tensor:
         """Sparse self-attention over the tokens of a video and its text.
 
@@ -178,7 +190,8 @@ class SparseAttention(MethodConfig, ABC):
             grid: (F, H, W). text_len: T. layer: the layer that asks.
             text_valid: (B,) integers, text tokens in use of each sample where prompts are padded at their end; the
                 padding is never attended, and its own output is 0. None uses all T.
-            layout: what `self.layout` returned for these sizes, to save building it again.
+            layout: what `kernel_layout` (or `layout`, to run in the order of the video) returned for these sizes, to
+                save building it again.
         Returns: (B, N, H, D) in the dtype of q.
         Raises: ValueError for tensors that do not fit the grid, and as `check_grid` and the kernel.
         Numerics: those of `block_sparse_attention`.
@@ -186,11 +199,20 @@ class SparseAttention(MethodConfig, ABC):
         self.check_tokens(q, k, v, grid=grid, text_len=text_len, text_valid=text_valid)
         if layout is None:
             with timed("layout", q.device):
-                layout = self.layout(grid=grid, text_len=text_len, q=q, k=k, layer=layer)
+                layout = self.kernel_layout(grid=grid, text_len=text_len, q=q, k=k, layer=layer)
+        ordered = layout if isinstance(layout, OrderedLayout) else None
+        blocks = layout.layout if isinstance(layout, OrderedLayout) else layout
         if text_valid is not None:
-            lengths = math.prod(grid) + text_valid
-            layout = layout.with_lengths(lengths, lengths)
-        return cast(Tensor, block_sparse_attention(q, k, v, layout, backend=self.backend))
+            # the text comes last in every order and fills blocks from their start, so only its blocks lose tokens
+            lengths = blocks.q_len - text_len + text_valid
+            blocks = blocks.with_lengths(lengths, lengths)
+        if ordered is None:
+            return cast(Tensor, block_sparse_attention(q, k, v, blocks, backend=self.backend))
+        with timed("permute", q.device):
+            q, k, v = ordered.arrange(q), ordered.arrange(k), ordered.arrange(v)
+        out = cast(Tensor, block_sparse_attention(q, k, v, blocks, backend=self.backend))
+        with timed("permute", q.device):
+            return ordered.restore(out)
 
     def check_tokens(
         self, q: Tensor, k: Tensor, v: Tensor, *, grid: Grid, text_len: int, text_valid: Tensor | None = None

@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import assert_close_to_reference, gradient_terms, plain_attention
 
-from mmeff.kernels import BlockLayout, block_sparse_attention, merge_attention
+from mmeff.kernels import BlockLayout, Bounds, block_sparse_attention, explain, merge_attention
 from mmeff.kernels.block_sparse import gather
+from mmeff.kernels.layout.identity import lists_of
 
 property_test = settings(max_examples=20, deadline=None)
 
@@ -407,3 +408,112 @@ def test_batch_rows_are_independent():
     k[1], v[2] = 1e4, torch.nan
     got = block_sparse_attention(q, k, v, layout, backend="gather")
     assert torch.equal(got[0], want[0]) and not torch.equal(got[1], want[1]) and got[2].isnan().all()
+
+
+# ---------------------------------------------------------------- every backend at once, and the operator itself
+
+EVERY = ["native", "gather", "sdpa", "reference", "auto"]
+
+
+def usable(backend, *problem):
+    if backend == "auto":
+        return True
+    return next(row for row in explain(*problem).rows if row.backend == backend).usable
+
+
+@given(
+    seed=st.integers(0, 2**20),
+    Nq=st.integers(1, 1000),
+    Nk=st.integers(1, 1000),
+    heads=st.sampled_from([(1, 1), (2, 1), (4, 2), (3, 3)]),
+    blocks=st.sampled_from([(16, 16), (64, 64), (64, 128), (1, 7), (100, 33)]),
+    kinds=st.sampled_from([2, 3]),
+    empty=st.booleans(),
+    strided=st.booleans(),
+)
+@settings(max_examples=12, deadline=None)
+def test_any_layout_and_length(seed, Nq, Nk, heads, blocks, kinds, empty, strided):
+    H, Hk = heads
+    q, k, v = tensors(1, Nq, Nk, H, Hk, 16, seed=seed)
+    if strided:
+        q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v))
+    mask = random_mask(1, H, Nq, Nk, 32, seed=seed, kinds=kinds)
+    if empty:
+        mask[:, :, Nq // 2 :: 3] = False
+    layout = BlockLayout.from_dense_mask(mask, q_block=blocks[0], kv_block=blocks[1], allow_empty_rows=True)
+    for backend in EVERY:
+        if usable(backend, q, k, v, layout):
+            check_against_oracle(q, k, v, mask, layout, backend, with_lse=backend != "sdpa")
+
+
+@pytest.mark.parametrize("backend", ["native", "gather", "reference"])
+def test_padding_may_hold_anything(backend):
+    q, k, v = tensors(2, 70, 90, 4, 2, 24)
+    mask = torch.rand(2, 4, 5, 6, generator=torch.Generator().manual_seed(0)) < 0.6
+    layout = BlockLayout.from_block_mask(
+        mask, q_len=70, kv_len=90, q_block=16, kv_block=16, allow_empty_rows=True,
+        q_valid=torch.tensor([[16, 3, 0, 16, 6], [16, 16, 16, 16, 1]]),
+        kv_valid=torch.tensor([[16, 16, 9, 0, 16, 10], [16, 16, 16, 16, 16, 0]]),
+    )  # fmt: skip
+    if not usable(backend, q, k, v, layout):
+        pytest.skip(f"{backend} cannot run here")
+    dense = layout.to_dense_mask()
+    q_used, k_used = layout.tokens_in_use()
+    check_against_oracle(q, k, v, dense, layout, backend, with_lse=True)
+    clean = results(lambda *x: block_sparse_attention(*x, layout, backend=backend, return_lse=True), q, k, v)
+    q, k, v = (x.masked_fill(~used[:, :, None, None], torch.nan) for x, used in ((q, q_used), (k, k_used), (v, k_used)))
+    poisoned = results(lambda *x: block_sparse_attention(*x, layout, backend=backend, return_lse=True), q, k, v)
+    for name, x in clean.items():
+        assert torch.equal(poisoned[name], x), name
+
+
+@pytest.mark.parametrize("sizes", [(0, 8, 8), (1, 0, 8), (1, 8, 0), (0, 0, 0)])
+def test_zero_sizes(sizes):
+    B, Nq, Nk = sizes
+    q, k, v = (torch.randn(B, n, 2, 8, requires_grad=True) for n in (Nq, Nk, Nk))
+    layout = BlockLayout.from_block_mask(
+        torch.ones(1, 1, -(-Nq // 4), -(-Nk // 4)).bool(), q_len=Nq, kv_len=Nk, q_block=4, kv_block=4,
+        allow_empty_rows=True,
+    )  # fmt: skip
+    out, lse = block_sparse_attention(q, k, v, layout, return_lse=True)
+    assert out.shape == q.shape and lse.shape == (B, 2, Nq)
+    assert (out == 0).all() and (lse == -torch.inf).all()
+    grads = torch.autograd.grad(out.sum(), (q, k, v))
+    assert all(g.shape == x.shape and (g == 0).all() for g, x in zip(grads, (q, k, v), strict=True))
+
+
+@pytest.mark.parametrize("kind", ["blocks", "bitmap", "bounds"])
+def test_the_operator_is_sound_and_keeps_one_graph(kind):
+    q, k, v = tensors(1, 40, 40, 2, 1, 16)
+    if kind == "blocks":
+        layout = BlockLayout.from_block_mask(torch.eye(3).bool(), q_len=40, kv_len=40, q_block=16, kv_block=16)
+    elif kind == "bitmap":
+        layout = BlockLayout.from_dense_mask(random_mask(1, 2, 40, 40, 16), q_block=16, kv_block=16)
+    else:
+        layout = BlockLayout.from_bounds(Bounds.causal(40, 40), q_block=16, kv_block=16)
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    arguments = (*leaves, *lists_of(layout), layout.q_block, layout.kv_block, 0.25, True, True, "gather")
+    torch.library.opcheck(torch.ops.mmeff.block_sparse_attention, arguments)
+
+    def attend(q, k, v):
+        out, lse = block_sparse_attention(q * 1.5, k, v, layout, return_lse=True)
+        return out.square().sum() + lse.sum()
+
+    compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(*leaves), attend(*leaves))
+    for x, y in zip(
+        torch.autograd.grad(compiled(*leaves), leaves), torch.autograd.grad(attend(*leaves), leaves), strict=True
+    ):
+        torch.testing.assert_close(x, y)
+
+
+def test_a_static_layout_can_be_exported():
+    layout = BlockLayout.from_bounds(Bounds.causal(40, 40), q_block=16, kv_block=16)
+
+    class Layer(torch.nn.Module):
+        def forward(self, q, k, v):
+            return block_sparse_attention(q, k, v, layout)
+
+    inputs = tuple(tensors(1, 40, 40, 2, 1, 16))
+    exported = torch.export.export(Layer(), inputs)
+    torch.testing.assert_close(exported.module()(*inputs), Layer()(*inputs))

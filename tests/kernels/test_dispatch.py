@@ -29,7 +29,13 @@ def full(N, block=64):
     return BlockLayout.from_block_mask(torch.ones(n, n).bool(), q_len=N, kv_len=N, q_block=block, kv_block=block)
 
 
-def test_auto_records_its_choice():
+@pytest.fixture
+def without_native(monkeypatch):
+    """A machine without a C compiler: what auto then takes."""
+    monkeypatch.setenv("MMEFF_NATIVE", "0")
+
+
+def test_auto_records_its_choice(without_native):
     q, k, v = tensors(1, 1024, 1024, 2, 2, 16)
     with record() as calls:
         block_sparse_attention(q, k, v, diagonal(1024))
@@ -37,14 +43,32 @@ def test_auto_records_its_choice():
         block_sparse_attention(q, k, v, full(1024), return_lse=True)
         block_sparse_attention(q, k, v, diagonal(1024), backend="reference")
     assert [c.operator for c in calls] == ["block_sparse_attention"] * 4
-    assert [c.backend for c in calls] == ["gather", "sdpa", "gather", "reference"]
+    assert [c.backend for c in calls] == ["gather", "sdpa", "sdpa", "reference"]
     assert [c.density for c in calls] == [1 / 16, 1, 1, 1 / 16]
-    assert calls[0].reason.startswith("auto: computes the visited blocks only; predicted ")
+    assert calls[0].reason.startswith("auto: computes the visited blocks only, in PyTorch; predicted ")
     assert calls[1].reason.startswith("auto: dense attention")
     assert calls[3].reason == "named by the caller"
 
 
-def test_auto_runs_dense_under_the_mask_where_gathering_does_not_pay():
+def test_auto_takes_the_compiled_kernel_where_there_is_one():
+    q, k, v = tensors(1, 1024, 1024, 2, 2, 16)
+    layout = diagonal(1024)
+    with record() as calls:
+        block_sparse_attention(q, k, v, layout)
+    usable = next(row for row in explain(q, k, v, layout).rows if row.backend == "native").usable
+    assert calls[0].backend == ("native" if usable else "gather")
+
+
+def test_the_density_of_a_call_is_counted_when_it_is_read():
+    q, k, v = tensors(1, 64, 64, 2, 2, 16)
+    layout = diagonal(64, block=16)
+    with record() as calls:
+        block_sparse_attention(q, k, v, layout, backend="gather")
+    assert "_counted" not in vars(layout)
+    assert calls[0].density == 0.25 and "_counted" in vars(layout)
+
+
+def test_auto_runs_dense_under_the_mask_where_gathering_does_not_pay(without_native):
     q, k, v = tensors(1, 64, 64, 2, 2, 16)
     layout = diagonal(64, block=16)
     with record() as calls:
@@ -67,7 +91,7 @@ def test_recorders_nest_and_belong_to_their_thread():
     assert (len(outer), len(inner)) == (2, 1)
 
 
-def test_explain_tabulates_every_backend_and_agrees_with_auto():
+def test_explain_tabulates_every_backend_and_agrees_with_auto(without_native):
     q, k, v = tensors(1, 1024, 1024, 2, 2, 16)
     for layout in (diagonal(1024), full(1024)):
         for return_lse in (False, True):
@@ -75,18 +99,19 @@ def test_explain_tabulates_every_backend_and_agrees_with_auto():
             with record() as calls:
                 block_sparse_attention(q, k, v, layout, return_lse=return_lse)
             assert table.chosen == calls[0].backend
-            assert [row.backend for row in table.rows] == ["gather", "sdpa", "reference"]
+            assert [row.backend for row in table.rows] == ["triton", "native", "gather", "sdpa", "reference"]
             assert sum(row.chosen for row in table.rows) == 1
     text = str(explain(q, k, v, diagonal(1024), return_lse=True))
     assert "q (1, 1024, 2, 16)" in text and "density 0.0625" in text
-    assert "sdpa       no            scaled_dot_product_attention does not return the log-sum-exp" in text
-    assert "gather     yes     <-    computes the visited blocks only; predicted" in text
+    assert "native     no            native kernels are switched off by MMEFF_NATIVE=0" in text
+    assert "gather     yes     <-    computes the visited blocks only, in PyTorch; predicted" in text
 
 
 def test_a_named_backend_never_falls_back(monkeypatch):
     q, k, v = tensors(1, 64, 64, 2, 2, 16)
-    with pytest.raises(BackendUnavailable, match=r"'sdpa' cannot run this problem: .*log-sum-exp.*backend='auto'"):
-        block_sparse_attention(q, k, v, full(64), backend="sdpa", return_lse=True)
+    monkeypatch.setenv("MMEFF_NATIVE", "0")
+    with pytest.raises(BackendUnavailable, match=r"'native' cannot run this problem: .*MMEFF_NATIVE=0.*backend='auto'"):
+        block_sparse_attention(q, k, v, full(64), backend="native")
     mask = torch.eye(4).bool()
     mask[1] = False
     empty = BlockLayout.from_block_mask(mask, q_len=64, kv_len=64, q_block=16, kv_block=16, allow_empty_rows=True)
@@ -103,7 +128,7 @@ def test_a_named_backend_never_falls_back(monkeypatch):
 
 def test_unknown_backends_get_near_matches():
     q, k, v = tensors(1, 16, 16, 1, 1, 8)
-    with pytest.raises(ValueError, match=r"'auto' or one of 'gather', 'sdpa', 'reference', got 'gathr'.*'gather'"):
+    with pytest.raises(ValueError, match=r"'auto' or one of .*'gather', 'sdpa', 'reference', got 'gathr'.*'gather'"):
         block_sparse_attention(q, k, v, diagonal(16, 8), backend="gathr")
 
 

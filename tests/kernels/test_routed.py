@@ -23,8 +23,11 @@ def problem(seed=0, B=2, Nq=70, Nk=90, H=4, Hk=2, D=24, kv_block=13, share=0.4, 
     return q, k, v, routes
 
 
-def dense(routes, kv_block, Nk):
-    return routes.repeat_interleave(kv_block, -1)[..., :Nk]
+def dense(routes, kv_block, Nk, kv_valid=None):
+    mask = routes.repeat_interleave(kv_block, -1)[..., :Nk]
+    if kv_valid is None:
+        return mask
+    return mask & (torch.arange(kv_block) < kv_valid.view(-1, routes.shape[-1], 1)).flatten(1)[:, None, None, :Nk]
 
 
 def cotangent(out):
@@ -47,15 +50,16 @@ def results(attend, q, k, v, with_lse=True):
     return {name: x for name, x in found.items() if x is not None}
 
 
-def check(q, k, v, routes, kv_block, backend, with_lse=True, times=2.0):
-    mask = dense(routes, kv_block, k.shape[1])
+def check(q, k, v, routes, kv_block, backend, with_lse=True, times=2.0, kv_valid=None):
+    mask = dense(routes, kv_block, k.shape[1], kv_valid)
 
     def plain(q, k, v):
         out, lse = plain_attention(q, k, v, mask)
         return (out, lse) if with_lse else out
 
     def ours(q, k, v):
-        return routed_attention(q, k, v, routes, kv_block=kv_block, backend=backend, return_lse=with_lse)
+        arguments = {"kv_block": kv_block, "kv_valid": kv_valid, "backend": backend, "return_lse": with_lse}
+        return routed_attention(q, k, v, routes, **arguments)
 
     actual, same = results(ours, q, k, v, with_lse), results(plain, q, k, v, with_lse)
     reference = results(plain, q.double(), k.double(), v.double(), with_lse)
@@ -88,6 +92,38 @@ def test_any_lengths_and_queries_without_picks(seed, Nq, Nk, kv_block, share):
     check(q, k, v, routes, kv_block, "grouped")
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("rB", [1, 2])
+def test_padding_within_key_blocks(backend, rB):
+    q, k, v, routes = problem()
+    kv_valid = torch.randint(0, 14, (rB, 7), generator=torch.Generator().manual_seed(5))
+    kv_valid[:, 0] = 4
+    kv_valid[:, 3] = 0
+    if backend == "sdpa":  # it promises nothing for a query without keys
+        routes[..., 0] = True
+    else:
+        routes[0, :, 5] = torch.arange(7) == 3  # one of those
+    check(q, k, v, routes, 13, backend, kv_valid=kv_valid, with_lse=backend != "sdpa")
+    check(q, k, v, routes, 13, backend, kv_valid=kv_valid[0], with_lse=False)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_padding_may_hold_anything(backend):
+    q, k, v, routes = problem()
+    routes[..., 0] = True
+    kv_valid = torch.tensor([[13, 0, 5, 13, 1, 13, 12], [2, 13, 13, 0, 0, 7, 12]], dtype=torch.int32)
+    unused = ~(torch.arange(13) < kv_valid[..., None]).flatten(1)[:, :90, None, None]
+    poisoned = [x.masked_fill(unused, torch.nan) for x in (k, v)]
+
+    def attend(*x):
+        return routed_attention(*x, routes, kv_block=13, kv_valid=kv_valid, backend=backend)
+
+    clean, dirty = results(attend, q, k, v, False), results(attend, q, *poisoned, False)
+    for name, x in clean.items():
+        assert torch.equal(dirty[name], x), name
+    assert (clean["dk"].masked_select(unused) == 0).all() and (clean["dv"].masked_select(unused) == 0).all()
+
+
 def test_chunks_of_heads_agree_with_all_at_once(monkeypatch):
     q, k, v, routes = problem()
     whole = routed_attention(q, k, v, routes, kv_block=13, backend="grouped")
@@ -100,7 +136,7 @@ def test_chunks_of_heads_agree_with_all_at_once(monkeypatch):
 def _problem(q, k, v, routes):
     from mmeff.kernels.routed.problem import RoutedProblem
 
-    return RoutedProblem(q, k, v, routes, 13, 0.2, True, True)
+    return RoutedProblem(q, k, v, routes, None, 13, 0.2, True, True)
 
 
 def test_routes_of_whole_blocks_are_a_block_layout():
@@ -124,6 +160,33 @@ def test_the_choice_and_the_kernel_within_are_recorded():
     assert "key blocks of 13" in str(table)
 
 
+def test_a_backend_of_block_sparse_attention_computes_the_groups():
+    q, k, v, routes = problem()
+    with record() as calls:
+        routed_attention(q, k, v, routes, kv_block=13, backend="gather")
+    assert [(c.operator, c.backend) for c in calls] == [
+        ("routed_attention", "grouped"), ("block_sparse_attention", "gather"),
+    ]  # fmt: skip
+    assert "named by the caller" in calls[1].reason
+    check(q, k, v, routes, 13, "gather")
+
+
+def test_a_large_problem_is_judged_without_its_mask():
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 40_000, 1, 4, generator=g) for _ in range(3))
+    routes = torch.rand(1, 1, 40_000, 4, generator=g) < 0.5
+    rows = {row.backend: row for row in explain_routed(q, k, v, routes, kv_block=10_000).rows}
+    assert not rows["sdpa"].usable and "its dense mask would have 1,600,000,000 elements" in rows["sdpa"].reason
+    rows = {row.backend: row for row in explain_routed(q, k, v, torch.ones_like(routes), kv_block=10_000).rows}
+    assert rows["sdpa"].usable  # everything picked needs no mask
+
+
+def test_everything_picked_is_dense_attention():
+    q, k, v, routes = problem()
+    out = routed_attention(q, k, v, torch.ones_like(routes), kv_block=13, backend="sdpa")
+    torch.testing.assert_close(out, plain_attention(q, k, v, torch.ones(1, 1, 70, 90, dtype=torch.bool))[0])
+
+
 def test_zero_sizes_non_contiguous_inputs_and_one_graph():
     q, k, v, routes = problem()
     empty = routed_attention(q[:0], k[:0], v[:0], routes[:1], kv_block=13)
@@ -136,7 +199,17 @@ def test_zero_sizes_non_contiguous_inputs_and_one_graph():
     )
     torch.testing.assert_close(compiled(q, k, v, routes), want)
     leaves = [x.detach().requires_grad_() for x in (q, k, v)]
-    torch.library.opcheck(torch.ops.mmeff.routed_attention, (*leaves, routes, 13, 0.2, True, True, "grouped"))
+    torch.library.opcheck(torch.ops.mmeff.routed_attention, (*leaves, routes, None, 13, 0.2, True, True, "grouped"))
+    kv_valid = torch.full((1, 7), 5, dtype=torch.int32)
+    torch.library.opcheck(
+        torch.ops.mmeff.routed_attention, (*leaves, routes, kv_valid, 13, 0.2, False, True, "grouped")
+    )
+    compiled = torch.compile(
+        lambda *x: routed_attention(*x, kv_block=13, kv_valid=kv_valid, backend="grouped"),
+        fullgraph=True, backend="aot_eager",
+    )  # fmt: skip
+    want = routed_attention(q, k, v, routes, kv_block=13, kv_valid=kv_valid, backend="grouped")
+    torch.testing.assert_close(compiled(q, k, v, routes), want)
 
 
 @pytest.mark.parametrize(
@@ -144,6 +217,8 @@ def test_zero_sizes_non_contiguous_inputs_and_one_graph():
     [
         ({"routes": torch.ones(2, 4, 70, 7)}, TypeError, "routes must be a bool tensor.*float32"),
         ({"routes": torch.ones(2, 4, 70, 6).bool()}, ValueError, r"nK = ceil\(Nk / kv_block\) = ceil\(90 / 13\)"),
+        ({"kv_valid": torch.ones(6).int()}, ValueError, r"kv_valid must be \(nK,\) = \(7,\) or \(B\|1, nK\)"),
+        ({"kv_valid": torch.ones(7)}, TypeError, "kv_valid must be an int32 or int64 tensor .*float32"),
         ({"kv_block": 0}, ValueError, "kv_block must be an int >= 1"),
         ({"k": torch.ones(2, 90, 3, 24)}, ValueError, "Hk dividing H=4"),
         ({"v": torch.ones(2, 90, 2, 24).half()}, ValueError, "share dtype and device"),

@@ -20,8 +20,9 @@ from diffusers.hooks.hooks import BaseState, HookRegistry, ModelHook, StateManag
 from torch import Tensor, nn
 
 from mmeff.diffusion_attn._base import Grid, SparseAttention, timed_by
+from mmeff.diffusion_attn._ordered import KernelLayout
 from mmeff.handle import Handle
-from mmeff.kernels import BlockLayout, record
+from mmeff.kernels import record
 from mmeff.report import DENSE, FULL, SPARSE
 
 MAX_GRIDS = 4  # sizes whose layouts a handle keeps; a server that sees more rebuilds the oldest in milliseconds
@@ -36,14 +37,14 @@ class Forward:
     step: int | None  # denoising step, shared by the guidance branches; None where nothing tells it
     dense_layers: frozenset[int]
     text_valid: Tensor | None = None  # (B,) text tokens in use of each sample, where prompts are padded
-    no_step: str | None = None  # why the schedule cannot be followed, where it cannot
+    obstacle: str | None = None  # why no layer of it can be sparse, where one is known: an unknown step or grid
 
 
 @dataclass(frozen=True)
 class KeptLayout:
-    """A static layout on one device, with what is asked of it at every call."""
+    """A static layout on one device as `attend` takes it, with what is asked of it at every call."""
 
-    layout: BlockLayout
+    layout: KernelLayout
     density: float
     is_full: bool
 
@@ -81,9 +82,9 @@ class Session:
         method = self.method
         method.check_grid(grid, text_len)
         step, num_steps = self._locate(context)
-        no_step = None
+        obstacle = None
         if method.counts_steps and (step is None or num_steps is None):
-            no_step = "the pipeline tells neither its step nor the number of steps, which the schedule counts"
+            obstacle = "the pipeline tells neither its step nor the number of steps, which the schedule counts"
             dense = frozenset(range(num_layers))
         else:
             dense = frozenset(
@@ -91,10 +92,17 @@ class Session:
                 for layer in range(num_layers)
                 if method.is_dense(step=step, num_steps=num_steps, layer=layer, num_layers=num_layers)
             )
-        self.now = Forward(grid, text_len, step, dense, text_valid, no_step)
+        self.now = Forward(grid, text_len, step, dense, text_valid, obstacle)
         self.handle.recorder.forwards += 1
         for layer in sorted(set(range(num_layers)) - dense):
             self.layout(layer, device)  # here, so that its time is not part of the first layer's
+        return self.now
+
+    def begin_dense(self, obstacle: str, *, num_layers: int, context: Any) -> Forward:
+        """Start a forward that no layer can serve, for a reason that each of them will record."""
+        step, _ = self._locate(context)
+        self.now = Forward((0, 0, 0), 0, step, frozenset(range(num_layers)), obstacle=obstacle)
+        self.handle.recorder.forwards += 1
         return self.now
 
     def _locate(self, context: Any) -> tuple[int | None, int | None]:
@@ -104,13 +112,16 @@ class Session:
             return step, num_steps
         scheduler = getattr(self.pipeline, "scheduler", None)
         timesteps = getattr(scheduler, "timesteps", None)
-        if scheduler is None or timesteps is None or not hasattr(scheduler, "step_index"):
+        if scheduler is None or timesteps is None:
             return None, None
         # A video-to-video run enters the schedule late: its steps are the last `num_timesteps` of the scheduler's.
         num_steps = getattr(self.pipeline, "num_timesteps", None) or len(timesteps)
         start = len(timesteps) - num_steps
-        index = scheduler.step_index  # None until the first step was taken
-        return (0 if index is None else index - start), num_steps
+        if hasattr(scheduler, "step_index"):
+            index = scheduler.step_index  # None until the first step was taken
+            return (0 if index is None else index - start), num_steps
+        index = _position(timesteps, getattr(self.pipeline, "_current_timestep", None))  # CogVideoX's own schedulers
+        return (None, None) if index is None else (index - start, num_steps)
 
     # ---------------------------------------------------------------- a layer
 
@@ -127,11 +138,11 @@ class Session:
             recorder.fallback("the layer was called outside the forward of its transformer: step and grid are unknown")
             recorder.call(layer, DENSE)
             return False
-        if now.no_step is None and layer in now.dense_layers:
+        if now.obstacle is None and layer in now.dense_layers:
             recorder.call(layer, DENSE, step=now.step)
             return False
         F, H, W = now.grid
-        obstacle = now.no_step or obstacle
+        obstacle = now.obstacle or obstacle
         if obstacle is None and tokens != F * H * W + now.text_len:
             obstacle = (
                 f"the layer got {tokens} tokens, not those of the grid {F}x{H}x{W} and {now.text_len} text tokens"
@@ -180,7 +191,7 @@ class Session:
         if key not in of_grid:
             # built outside inference mode, so that a layout made while sampling can serve a training step
             with self.handle.recorder.time("layout"), torch.inference_mode(False), torch.no_grad():
-                layout = self.method.layout(grid=now.grid, text_len=now.text_len, layer=layer)
+                layout = self.method.kernel_layout(grid=now.grid, text_len=now.text_len, layer=layer)
                 of_grid[key] = KeptLayout(layout.to(device), layout.density, layout.is_full)
         return of_grid[key]
 
@@ -191,6 +202,19 @@ class Session:
 
 
 # -------------------------------------------------------------------- following a transformer
+
+
+def _position(timesteps: Any, now: Any) -> int | None:
+    """Where the timestep of a pipeline's loop stands in its schedule, or None if it does not.
+
+    The loop goes through views of the schedule, whose place is known without reading them from the device.
+    """
+    if not isinstance(timesteps, Tensor) or not isinstance(now, Tensor) or timesteps.ndim != 1 or now.ndim != 0:
+        return None
+    if now.untyped_storage().data_ptr() == timesteps.untyped_storage().data_ptr():
+        return int(now.storage_offset() - timesteps.storage_offset()) // timesteps.stride(0)
+    found = (timesteps == now).nonzero()
+    return int(found[0]) if len(found) else None
 
 
 class _ContextReceiver(ModelHook):
@@ -219,7 +243,8 @@ def watch(
     Args:
         num_layers: its attention layers.
         sizes: `(transformer, args, kwargs) -> (grid, text_len, device, text_valid)` of a forward, or None if the
-            arguments do not tell; the model itself will complain about them.
+            arguments do not tell; the model itself will complain about them. Where the forward cannot be sparse, the
+            grid is a str, the reason.
     """
     handle = session.handle
     receiver = _ContextReceiver()
@@ -234,14 +259,17 @@ def watch(
         if not handle.enabled:  # timed all the same: a disabled handle is how dense runs are measured
             open_spans.enter_context(handle.recorder.time("denoising, dense steps", device))
             return
-        now = session.begin(
-            grid=grid,
-            text_len=text_len,
-            num_layers=num_layers,
-            device=device,
-            context=receiver.context,
-            text_valid=text_valid,
-        )
+        if isinstance(grid, str):
+            now = session.begin_dense(grid, num_layers=num_layers, context=receiver.context)
+        else:
+            now = session.begin(
+                grid=grid,
+                text_len=text_len,
+                num_layers=num_layers,
+                device=device,
+                context=receiver.context,
+                text_valid=text_valid,
+            )
         acts = len(now.dense_layers) < num_layers
         open_spans.enter_context(
             handle.recorder.time("denoising, sparse steps" if acts else "denoising, dense steps", device)

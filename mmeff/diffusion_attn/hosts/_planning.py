@@ -9,8 +9,9 @@ from typing import Any
 from torch import Tensor
 
 from mmeff.diffusion_attn._base import Grid, SparseAttention
+from mmeff.diffusion_attn._ordered import KernelLayout, OrderedLayout
 from mmeff.handle import describe_model
-from mmeff.kernels import BlockLayout
+from mmeff.kernels import BlockLayout, Bounds
 from mmeff.report import Plan
 
 
@@ -47,7 +48,7 @@ def make_plan(
 
     Returns: a Plan whose `density` is the mean over the calls in which the method acts, as in a report, and whose
         `predicted_speedup` is that of the whole denoising loop: the layouts' predictions weighted by multiply-adds.
-        `layouts["video"]` is the layout of the first layer that the method serves.
+        `layouts["video"]` is what the kernel reads in the first layer that the method serves; its blocks may be tiles.
     Raises: ValueError if the schedule names layers that the model does not have.
     """
     F, H, W = sizes.grid
@@ -61,7 +62,7 @@ def make_plan(
     rows.append(("dense layers", f"{len(dense_layers)} of {num_layers}{_ranges(dense_layers)}"))
     rows.append(("sparse layer calls", f"{sparse_steps * len(sparse_layers)} of {num_steps * num_layers}"))
 
-    layouts: dict[int, BlockLayout] = {}
+    layouts: dict[int, KernelLayout] = {}
     try:
         method.check_grid(sizes.grid, sizes.text_len)
     except ValueError as error:
@@ -80,11 +81,11 @@ def make_plan(
     density = speedup = None
     if layouts:
         density = sum(layout.density for layout in layouts.values()) / len(layouts)
-        blocks = sum(layout.block_density for layout in layouts.values()) / len(layouts)
+        blocks = sum(_blocks(layout).block_density for layout in layouts.values()) / len(layouts)
         saved = sum(1 - 1 / _factor(layout) for layout in layouts.values()) * work.attention * sparse_steps
         speedup = total / (total - saved)
         factor = len(layouts) / sum(1 / _factor(layout) for layout in layouts.values())
-        first = next(iter(layouts.values()))
+        first = _blocks(next(iter(layouts.values())))
         rows.append(("blocks", f"{first.q_block} x {first.kv_block} tokens, {first.nQ} x {first.nK} of them"))
         rows.append(("density", f"{density:.4f} of the pairs, {blocks:.4f} of the blocks"))
         rows.append(("layout memory", f"{_bytes(layouts):,} bytes; an N x N mask would take {tokens**2:,}"))
@@ -104,7 +105,7 @@ def make_plan(
         density=density,
         predicted_speedup=speedup,
         fallbacks=tuple(reasons),
-        layouts={"video": next(iter(layouts.values()))} if layouts else {},
+        layouts={"video": _blocks(next(iter(layouts.values())))} if layouts else {},
     )
 
 
@@ -123,24 +124,34 @@ def _schedule(method: SparseAttention, num_steps: int, num_layers: int) -> tuple
     return sparse_layers, dense_steps
 
 
-def _layouts(method: SparseAttention, sizes: Dimensions, layers: list[int]) -> dict[int, BlockLayout]:
-    """The layout of every given layer; layers that share one share the object."""
-    by_key: dict[Any, BlockLayout] = {}
+def _layouts(method: SparseAttention, sizes: Dimensions, layers: list[int]) -> dict[int, KernelLayout]:
+    """What the kernel reads in every given layer; layers that share one share the object."""
+    by_key: dict[Any, KernelLayout] = {}
     for layer in layers:
         key = method.layout_key(layer)
         if key not in by_key:
-            by_key[key] = method.layout(grid=sizes.grid, text_len=sizes.text_len, layer=layer)
+            by_key[key] = method.kernel_layout(grid=sizes.grid, text_len=sizes.text_len, layer=layer)
     return {layer: by_key[method.layout_key(layer)] for layer in layers}
 
 
-def _factor(layout: BlockLayout) -> float:
+def _blocks(layout: KernelLayout) -> BlockLayout:
+    return layout.layout if isinstance(layout, OrderedLayout) else layout
+
+
+def _factor(layout: KernelLayout) -> float:
     return 1.0 if layout.is_full else layout.predicted_speedup()  # a full layout goes to the model's own attention
 
 
-def _bytes(layouts: dict[int, BlockLayout]) -> int:
-    distinct = {id(layout): layout for layout in layouts.values()}.values()
-    values = [getattr(layout, f.name) for layout in distinct for f in dataclasses.fields(layout)]
-    return sum(value.numel() * value.element_size() for value in values if isinstance(value, Tensor))
+def _bytes(layouts: dict[int, KernelLayout]) -> int:
+    tensors: dict[int, Tensor] = {}
+    parts: list[Any] = list(layouts.values())
+    while parts:
+        part = parts.pop()
+        if isinstance(part, Tensor):
+            tensors[id(part)] = part
+        elif isinstance(part, (BlockLayout, OrderedLayout, Bounds)):
+            parts += [getattr(part, f.name) for f in dataclasses.fields(part)]
+    return sum(x.numel() * x.element_size() for x in tensors.values())
 
 
 def _ranges(numbers: list[int]) -> str:

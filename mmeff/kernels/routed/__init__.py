@@ -25,6 +25,7 @@ def routed_attention(
     routes: Tensor,
     *,
     kv_block: int,
+    kv_valid: Tensor | None = None,
     scale: float | None = None,
     return_lse: bool = False,
     backend: str = "auto",
@@ -36,10 +37,13 @@ def routed_attention(
         k, v: (B, Nk, Hk, D) keys and values; H must be a multiple of Hk, and query head h reads head h // (H / Hk).
         routes: (B|1, H|1, Nq, nK) bool, the key blocks that each query attends to; nK = ceil(Nk / kv_block).
         kv_block: tokens in a key block; the last one may be shorter.
+        kv_valid: (nK,) or (B|1, nK) integers, tokens in use at the start of each key block; what follows them is padding,
+            is never attended and may hold anything. None uses every token.
         scale: factor on the scores; None is 1/sqrt(D).
         return_lse: also return the log-sum-exp of the scaled scores.
         backend: "auto", "grouped" (queries grouped by key block, through block_sparse_attention), "sdpa" (dense under a
-            mask) or "reference". A named backend runs or raises; it never falls back.
+            mask) or "reference"; or "triton", "native" or "gather", which is "grouped" on that backend of
+            block_sparse_attention. A named backend runs or raises; it never falls back.
 
     Returns: out (B, Nq, H, D) in the dtype of q; with return_lse also the natural-log LSE, (B, H, Nq) float32 (float64
         for float64 inputs). Both carry gradients; the choice of blocks does not.
@@ -51,19 +55,28 @@ def routed_attention(
     Source: VMoBA (arXiv:2506.23858) and MoBA (arXiv:2502.13189) compute selected chunks this way.
     Differs: any lengths, GQA, a differentiable LSE, no separate branch for a query's own chunk.
     """
-    problem = _check(q, k, v, routes, kv_block, scale, return_lse)
+    problem = _check(q, k, v, routes, kv_valid, kv_block, scale, return_lse)
     out, lse = op.call(problem, backend)
     return (out, lse) if return_lse else out
 
 
-def explain_routed(q: Tensor, k: Tensor, v: Tensor, routes: Tensor, *, kv_block: int) -> Explanation:
+def explain_routed(
+    q: Tensor, k: Tensor, v: Tensor, routes: Tensor, *, kv_block: int, kv_valid: Tensor | None = None
+) -> Explanation:
     """Tabulate which backends can run this routed_attention call, why not, and which one auto takes."""
-    problem = _check(q, k, v, routes, kv_block, None, False)
+    problem = _check(q, k, v, routes, kv_valid, kv_block, None, False)
     return Explanation(op.OPERATOR, str(problem), judge(op.BACKENDS, problem))
 
 
 def _check(
-    q: Tensor, k: Tensor, v: Tensor, routes: Tensor, kv_block: int, scale: float | None, return_lse: bool
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    routes: Tensor,
+    kv_valid: Tensor | None,
+    kv_block: int,
+    scale: float | None,
+    return_lse: bool,
 ) -> RoutedProblem:
     who = "routed_attention"
     for name, x in (("q", q), ("k", k), ("v", v)):
@@ -93,9 +106,25 @@ def _check(
             f"{who}: routes must be (B|1, H|1, Nq, nK) = ({B}|1, {H}|1, {Nq}, {nK}) on {q.device}, where nK = ceil(Nk / "
             f"kv_block) = ceil({k.shape[1]} / {kv_block}), got {tuple(routes.shape)} on {routes.device}."
         )
+    if kv_valid is not None:
+        kv_valid = _check_valid(who, kv_valid, B, nK, q.device)
     if scale is not None and (isinstance(scale, Tensor) or not math.isfinite(scale)):
         raise ValueError(f"{who}: scale must be a finite Python float, got {scale!r}; leave it out for 1/sqrt(D).")
     training = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     return RoutedProblem(
-        q, k, v, routes, kv_block, D**-0.5 if scale is None else float(scale), bool(return_lse), training
+        q, k, v, routes, kv_valid, kv_block, D**-0.5 if scale is None else float(scale), bool(return_lse), training
     )
+
+
+def _check_valid(who: str, valid: Tensor, B: int, nK: int, device: torch.device) -> Tensor:
+    if not isinstance(valid, Tensor) or valid.dtype not in (torch.int32, torch.int64):
+        got = str(valid.dtype) if isinstance(valid, Tensor) else type(valid).__name__
+        raise TypeError(f"{who}: kv_valid must be an int32 or int64 tensor of token counts, got {got}; cast it.")
+    if valid.ndim == 1:
+        valid = valid[None]
+    if valid.ndim != 2 or valid.shape[0] not in (1, B) or valid.shape[1] != nK or valid.device != device:
+        raise ValueError(
+            f"{who}: kv_valid must be (nK,) = ({nK},) or (B|1, nK) = ({B}|1, {nK}) on {device}, the tokens in use of each "
+            f"key block, got {tuple(valid.shape)} on {valid.device}."
+        )
+    return valid.to(torch.int32)

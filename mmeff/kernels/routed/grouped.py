@@ -35,8 +35,11 @@ class Group:
     layout: BlockLayout  # over the S places and the flat key blocks
 
 
-def attend(problem: RoutedProblem) -> tuple[Tensor, Tensor]:
-    """Return the output (B, Nq, H, D) and the log-sum-exp (B, H, Nq) of all picks together."""
+def attend(problem: RoutedProblem, backend: str) -> tuple[Tensor, Tensor]:
+    """Return the output (B, Nq, H, D) and the log-sum-exp (B, H, Nq) of all picks together.
+
+    backend: the one of block-sparse attention that computes the groups, or "auto".
+    """
     B, Nq, H, D = problem.q.shape
     dtype = accumulation_dtype(problem.q.dtype)
     qf = problem.q.transpose(1, 2).reshape(-1, D)
@@ -46,15 +49,17 @@ def attend(problem: RoutedProblem) -> tuple[Tensor, Tensor]:
     for group in _groups(problem):
         q = qf[group.slots][None, :, None]
         part = Problem(q, kf, vf, group.layout, problem.scale, True)
-        chosen, reason = choose(block_sparse.OPERATOR, block_sparse.FORWARD, part, "auto")
+        chosen, reason = choose(block_sparse.OPERATOR, block_sparse.FORWARD, part, backend)
         note(block_sparse.OPERATOR, chosen.name, f"within routed_attention, {reason}", lambda: problem.share)
         po, pl = chosen.run(part)
         po, pl = po[0, group.pair, 0], pl[0, 0, group.pair]
         top = torch.full_like(lse, -torch.inf).scatter_reduce_(0, group.query, pl, "amax")
+        top = top.masked_fill_(top == -torch.inf, 0.0)  # queries whose blocks hold no key in use
         weight = torch.exp(pl - top[group.query])
         total = torch.zeros_like(lse).index_add_(0, group.query, weight)
         seen = total > 0
-        out.index_add_(0, group.query, po.to(dtype) * (weight / total[group.query])[:, None])
+        share = weight / total.masked_fill(~seen, 1.0)[group.query]
+        out.index_add_(0, group.query, po.to(dtype) * share[:, None])
         lse = torch.where(seen, top + total.log(), lse)
     return (
         out.view(B, H, Nq, D).transpose(1, 2).to(problem.q.dtype).contiguous(),
@@ -63,7 +68,13 @@ def attend(problem: RoutedProblem) -> tuple[Tensor, Tensor]:
 
 
 def backward(
-    problem: RoutedProblem, out: Tensor, lse: Tensor, dout: Tensor | None, dlse: Tensor | None, needs: list[bool]
+    problem: RoutedProblem,
+    out: Tensor,
+    lse: Tensor,
+    dout: Tensor | None,
+    dlse: Tensor | None,
+    needs: list[bool],
+    backend: str,
 ) -> tuple[Tensor | None, ...]:
     """Return the gradients of q, k and v from the merged output and log-sum-exp."""
     B, Nq, H, D = problem.q.shape
@@ -93,7 +104,7 @@ def backward(
             None if dlf is None else dlf[group.slots][None, None],
             (needs[0], needs[1], needs[2]),
         )
-        run = choose(f"{block_sparse.OPERATOR} backward", block_sparse.BACKWARD, part, "auto")[0].run
+        run = choose(f"{block_sparse.OPERATOR} backward", block_sparse.BACKWARD, part, backend)[0].run
         pq, pk, pv = run(part)
         if dq is not None:
             dq.index_add_(0, group.query, pq[0, group.pair, 0].to(dtype))
@@ -111,14 +122,14 @@ def backward(
 def _groups(problem: RoutedProblem) -> Iterator[Group]:
     """Group the picks of as many heads at a time as may be copied at once."""
     B, Nq, H, D = problem.q.shape
-    Hk, Nk, nK = problem.k.shape[2], problem.k.shape[1], problem.routes.shape[3]
+    Hk, nK = problem.k.shape[2], problem.routes.shape[3]
     device = problem.q.device
     # (B, H, nK, Nq): picks come out sorted by head and key block
     picks = problem.routes.transpose(2, 3).expand(B, H, nK, Nq).reshape(B * H, nK, Nq)
     copied = picks.sum((1, 2)) * D * problem.q.element_size()
     chunk = torch.cumsum(copied, 0) // CHUNK_BYTES.get(device.type, CHUNK_BYTES["cpu"])
     sizes = torch.unique_consecutive(chunk, return_counts=True)[1].tolist()
-    kv_valid = (Nk - torch.arange(0, Nk, problem.kv_block, device=device)).clamp(max=problem.kv_block).repeat(B * Hk)
+    kv_valid = problem.counts()[:, None].expand(B, Hk, nK).reshape(1, -1).contiguous()
     first = 0
     for heads in sizes:
         head, block, query = picks[first : first + heads].nonzero(as_tuple=True)
@@ -144,7 +155,7 @@ def _groups(problem: RoutedProblem) -> Iterator[Group]:
             col_idx=(kv_head * nK + row_group % nK).to(torch.int32),
             row_of=torch.arange(n_rows, device=device)[None, None],
             q_valid=(count[row_group] - row_rank * ROWS).clamp(max=ROWS).to(torch.int32)[None],
-            kv_valid=kv_valid.to(torch.int32)[None],
+            kv_valid=kv_valid,
         )  # fmt: skip
         at = head * Nq + query
         slots = torch.zeros(n_rows * ROWS, dtype=torch.int64, device=device).index_copy_(0, pair, at)

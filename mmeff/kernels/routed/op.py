@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..block_sparse import op as block_sparse
 from ..block_sparse import reference, sdpa
 from ..block_sparse.problem import BackwardProblem, accumulation_dtype
 from ..calibration import rates
@@ -17,6 +18,12 @@ from .problem import RoutedProblem
 
 OPERATOR = "routed_attention"
 OVERHEAD = 1e-3  # seconds that grouping takes before anything is computed
+
+
+def inner(backend: str) -> str:
+    """Return the block-sparse backend that the groups run on where `backend` is named: that one, or the fastest."""
+    names = {b.name for b in block_sparse.FORWARD} - {"sdpa", "reference"}
+    return backend if backend in names else "auto"
 
 
 def _best_ratio(problem: RoutedProblem) -> tuple[float, float]:
@@ -32,7 +39,20 @@ def _grouped_cost(problem: RoutedProblem) -> float:
     return problem.share * (1 + waste) / ratio + OVERHEAD * dense / max(problem.multiply_adds, 1)
 
 
+def _why_not_masked(problem: RoutedProblem) -> str | None:
+    if not problem.is_full and problem.mask_elements > sdpa.MAX_MASK_ELEMENTS:  # before the mask is made
+        return (
+            f"its dense mask would have {problem.mask_elements:,} elements, more than the limit of "
+            f"{sdpa.MAX_MASK_ELEMENTS:,}"
+        )
+    if problem.has_empty_rows:
+        return "some query picked no key, for which scaled_dot_product_attention promises no result"
+    return sdpa.FORWARD.why_not(problem.masked)
+
+
 def _masked_cost(problem: RoutedProblem) -> float:
+    if problem.is_full:
+        return 1.0
     return 1 / rates(problem.q.device, problem.q.dtype, "forward").ratios["masked"]
 
 
@@ -42,21 +62,21 @@ BACKENDS: tuple[Backend[RoutedProblem], ...] = (
         summary="queries grouped by key block, block-sparse",
         why_not=lambda problem: None,
         cost=_grouped_cost,
-        run=grouped.attend,
+        run=lambda problem: grouped.attend(problem, "auto"),
     ),
     Backend(
         name="sdpa",
         summary="dense attention under a mask",
-        why_not=lambda problem: sdpa.FORWARD.why_not(problem.masked()),
+        why_not=_why_not_masked,
         cost=_masked_cost,
-        run=lambda problem: sdpa.attend(problem.masked()),
+        run=lambda problem: sdpa.attend(problem.masked),
     ),
     Backend(
         name="reference",
         summary="the definition, slow, for tests",
         why_not=lambda problem: None,
         cost=lambda problem: math.inf,
-        run=lambda problem: reference.attend(problem.masked()),
+        run=lambda problem: reference.attend(problem.masked),
     ),
 )
 
@@ -64,8 +84,8 @@ BACKENDS: tuple[Backend[RoutedProblem], ...] = (
 def call(problem: RoutedProblem, backend: str) -> tuple[Tensor, Tensor]:
     """Run the operator on a problem. The LSE is an empty tensor unless it is wanted."""
     out, lse = _forward(
-        problem.q, problem.k, problem.v, problem.routes, problem.kv_block, problem.scale, problem.return_lse,
-        problem.training, backend,
+        problem.q, problem.k, problem.v, problem.routes, problem.kv_valid, problem.kv_block, problem.scale,
+        problem.return_lse, problem.training, backend,
     )  # fmt: skip
     return out, lse
 
@@ -76,21 +96,23 @@ def _forward(
     k: Tensor,
     v: Tensor,
     routes: Tensor,
+    kv_valid: Tensor | None,
     kv_block: int,
     scale: float,
     return_lse: bool,
     training: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    problem = RoutedProblem(q, k, v, routes, kv_block, scale, return_lse, training)
-    chosen, reason = choose(OPERATOR, BACKENDS, problem, backend)
+    problem = RoutedProblem(q, k, v, routes, kv_valid, kv_block, scale, return_lse, training)
+    on = inner(backend)
+    chosen, reason = choose(OPERATOR, BACKENDS, problem, backend if on == "auto" else "grouped")
     note(OPERATOR, chosen.name, reason, lambda: problem.share)
     B, Nq, H, _ = q.shape
     wanted = return_lse or training
     if 0 in q.shape or 0 in k.shape:
         return torch.zeros_like(q, memory_format=torch.contiguous_format), _lse_like(q, wanted).fill_(-torch.inf)
     with without_autocast(q.device):
-        out, lse = chosen.run(problem)
+        out, lse = chosen.run(problem) if on == "auto" else grouped.attend(problem, on)
     return out.contiguous(), lse.contiguous() if wanted else _lse_like(q, False)
 
 
@@ -110,6 +132,7 @@ def _backward(
     k: Tensor,
     v: Tensor,
     routes: Tensor,
+    kv_valid: Tensor | None,
     out: Tensor,
     lse: Tensor,
     dout: Tensor | None,
@@ -119,18 +142,18 @@ def _backward(
     needs: list[bool],
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    problem = RoutedProblem(q, k, v, routes, kv_block, scale, True, True)
+    problem = RoutedProblem(q, k, v, routes, kv_valid, kv_block, scale, True, True)
     grads: tuple[Tensor | None, ...]
     if 0 in q.shape or 0 in k.shape:
         grads = tuple(torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
     else:
         with without_autocast(q.device):
             if backend in ("reference", "sdpa"):
-                masked = BackwardProblem(problem.masked(), out, lse, dout, dlse, (needs[0], needs[1], needs[2]))
+                masked = BackwardProblem(problem.masked, out, lse, dout, dlse, (needs[0], needs[1], needs[2]))
                 use_sdpa = backend == "sdpa" and sdpa.BACKWARD.why_not(masked) is None
                 grads = (sdpa.backward if use_sdpa else reference.backward)(masked)
             else:
-                grads = grouped.backward(problem, out, lse, dout, dlse, needs)
+                grads = grouped.backward(problem, out, lse, dout, dlse, needs, inner(backend))
     dq, dk, dv = (
         x.new_empty(0) if grad is None or not need else grad.contiguous()
         for x, grad, need in zip((q, k, v), grads, needs, strict=True)
@@ -147,12 +170,12 @@ def _(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tens
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*inputs[:4], *output)
-    ctx.kv_block, ctx.scale, _, _, ctx.backend = inputs[4:]
+    ctx.save_for_backward(*inputs[:5], *output)
+    ctx.kv_block, ctx.scale, _, _, ctx.backend = inputs[5:]
 
 
 def _differentiate(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-    nothing = (None,) * 6
+    nothing = (None,) * 7
     if dout is None and dlse is None:
         return (None, None, None, *nothing)
     needs = [bool(need) for need in ctx.needs_input_grad[:3]]
