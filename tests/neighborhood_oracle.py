@@ -122,7 +122,7 @@ def attend_with(backend, rule, with_lse=True, **options):
     return attend
 
 
-def check(backend, rule, inputs, with_lse=True, **options):
+def check(backend, rule, inputs, with_lse=True, times=2.0, **options):
     actual = results(attend_with(backend, rule, with_lse, **options), inputs, with_lse)
 
     def oracle(q, k, v, *rest):
@@ -132,4 +132,6 @@ def check(backend, rule, inputs, with_lse=True, **options):
     reference = results(oracle, [None if x is None else x.double() for x in inputs], with_lse)
     assert actual.keys() == reference.keys()
     for name in reference:
-        assert_close_to_reference(actual[name], same_dtype[name], reference[name], name=f"{backend} {name}")
+        assert_close_to_reference(
+            actual[name], same_dtype[name], reference[name], name=f"{backend} {name}", times=times
+        )

@@ -19,10 +19,11 @@ from small_wan import generate, make_pipe
 import mmeff
 from mmeff.diffusion_attn import GNA
 from mmeff.diffusion_attn._ordered import OrderedLayout
-from mmeff.diffusion_attn.gna import _PRESETS, pick_tile
+from mmeff.diffusion_attn.gna import _PRESETS
 from mmeff.errors import BackendUnavailable
 from mmeff.kernels import BlockLayout, native_build
 from mmeff.kernels.neighborhood.layout import window_layout
+from mmeff.kernels.neighborhood.tiling import pick_tile
 from mmeff.kernels.simulator import simulate
 from mmeff.registry import build
 

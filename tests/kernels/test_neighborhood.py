@@ -47,6 +47,21 @@ def test_cases(case, backend, extras, with_lse):
     check(backend, rule, tensors(grid, rule[0], T=3 * extras, bias=extras), with_lse)
 
 
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("with_lse", [True, False], ids=["lse", ""])
+def test_cases_on_the_block_sparse_kernels(case, with_lse):
+    grid, *rule = CASES[case]
+    check("blocks", rule, tensors(grid, rule[0], D=16), with_lse, times=4.0)  # flash-like: one more rounding of dP
+
+
+def test_blocks_refuse_what_they_cannot_add():
+    q, k, v, bias, ek, ev = tensors((6, 7), (3, 3), T=2, bias=True)
+    with pytest.raises(BackendUnavailable, match="add no relative bias"):
+        neighborhood_attention(q, k, v, 3, rel_bias=bias, backend="blocks")
+    with pytest.raises(BackendUnavailable, match="extra keys are not part of the grid"):
+        neighborhood_attention(q, k, v, 3, extra_k=ek, extra_v=ev, backend="blocks")
+
+
 @pytest.mark.parametrize("backend", ["tiles", "reference"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("with_lse", [True, False], ids=["lse", ""])
@@ -179,7 +194,11 @@ def test_any_rule_in_any_backend(data):
             values.append(value)
     inputs = tensors(grid, rule[0], B=1, D=4, T=data.draw(st.integers(0, 2)), bias=data.draw(st.booleans()))
     want = results(lambda q, k, v, *rest: plain(q, k, v, rule, *rest), inputs)
-    for row in explain_neighborhood(*inputs[:3], *rule[:1], stride=rule[1], dilation=rule[2], causal=rule[3]).rows:
+    bias, extra_k, extra_v = inputs[3:]
+    for row in explain_neighborhood(
+        *inputs[:3], *rule[:1], stride=rule[1], dilation=rule[2], causal=rule[3], rel_bias=bias, extra_k=extra_k,
+        extra_v=extra_v,
+    ).rows:  # fmt: skip
         if row.usable and row.backend != "triton":
             got = results(attend_with(row.backend, rule), inputs)
             for name in want:
@@ -293,22 +312,29 @@ def test_what_auto_chooses_and_records():
         "dense": {"window": 7, "dilation": 4},
         "partitioned": {"window": 7, "stride": 7},
         "tiles": {"window": 7},
+        "blocks": {"window": 7},
     }
     for name, arguments in cases.items():
+        if name == "blocks":
+            q, k, v, *_ = tensors((8, 30, 52), (5, 15, 15), B=1, D=64)
+            arguments = {"window": (5, 15, 15), "stride": (1, 5, 5)}
         table = explain_neighborhood(q, k, v, **arguments)
         assert table.chosen == name, table
         with record() as calls:
             neighborhood_attention(q, k, v, **arguments)
-        assert [(c.operator, c.backend) for c in calls] == [("neighborhood_attention", name)]
+        within = {"blocks": ["block_sparse_attention"]}.get(name, [])
+        assert [c.operator for c in calls] == ["neighborhood_attention", *within] and calls[0].backend == name
+        if name == "blocks":
+            break
         assert calls[0].density == pytest.approx(49 / 28**2)
-    text = str(table)
+        text = str(table)
     assert "grid 28x28, window 7x7" in text and "window 7 x dilation 1 is less than 28 tokens" in text
 
 
 def test_a_backward_pass_is_not_a_call():
     q, k, v, *_ = (x if x is None else x.requires_grad_() for x in tensors((6, 7), (3, 3)))
     with record() as calls:
-        neighborhood_attention(q, k, v, 3).sum().backward()
+        neighborhood_attention(q, k, v, 3, backend="tiles").sum().backward()
     assert len(calls) == 1
 
 

@@ -32,8 +32,8 @@ CHUNK_BYTES_DEVICE = 256 * 2**20
 KEPT_BYTES = 32 * 2**20
 # Seconds that a call takes before it computes anything (1 CPU core).
 OVERHEAD = 4e-4
-# What the mask of a partial block adds to its time (N 4096, D 64, float32: 1.3 to 1.8 times that of a full block).
-MASK_COST = 0.5
+# What the mask of a partial block adds to its time (N 12480, H 4, D 64, float32: 3.4 times that of a full block).
+MASK_COST = 2.4
 
 
 _kept = threading.local()

@@ -53,7 +53,7 @@ def neighborhood_attention(
             same softmax; no bias is added to them.
         scale: factor on q k^T; None is 1/sqrt(D).
         return_lse: also return the log-sum-exp of the scores, to be merged by `merge_attention`.
-        backend: "auto", "triton", "dense", "partitioned", "tiles" or "reference". auto takes the one expected to be
+        backend: "auto", "triton", "dense", "partitioned", "blocks", "tiles" or "reference". auto takes the one expected to be
             fastest; all of them compute the same thing. A named backend runs or raises; it never falls back. The
             backward pass uses the same name, or chooses for itself under "auto".
 
