@@ -1,4 +1,4 @@
-"""The command line of the benchmarks: `python -m benchmarks kernels | plot | table`, from the root of a checkout.
+"""The command line of the benchmarks: `python -m benchmarks kernels | roofline | plot | table`, from the root of a checkout.
 
 Exit codes: 0 fine, 1 an error that a message explains, 2 wrong usage, 5 a red gate: a backend is wrong, so nothing is timed.
 """
@@ -110,6 +110,30 @@ def kernels(
         print(f"pairs that were measured before: {outcome.done_before}; --again measures them anew")
     if outcome.left:
         print(f"pairs that the time did not reach: {outcome.left}; the same command continues")
+
+
+@app.command()
+def roofline(
+    threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="JSONL file to append to.")] = None,
+) -> None:
+    """Measure what this processor could do at most in float32, beside dense attention and the native kernel."""
+    import json
+
+    import torch
+
+    from . import results
+    from . import roofline as lines
+
+    torch.set_num_threads(threads)
+    machine = results.Machine.here(torch.device("cpu"))
+    out = out or results.FOLDER / "roofline.jsonl"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with out.open("a") as file:
+        for row in lines.rows(threads):
+            file.write(json.dumps({"hardware": machine.hardware, **machine.environment, **row}) + "\n")
+            print("  ".join(f"{name} {value:.4g}" for name, value in row.items()))
+    print(out)
 
 
 @app.command()

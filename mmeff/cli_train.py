@@ -1,7 +1,12 @@
-"""`mmeff train`: train the embedded tiny models again, judge them by their gates, write their folders."""
+"""`mmeff train`: fine-tune a video pipeline under a sparse method, and train the embedded tiny models again.
+
+`video` is for your own model and clips. `tiny-long` and `tiny-vmoba` show the same on the tiny model and measure what they
+claim; `tiny-vlm` and `tiny-video` make the models that the library carries and judge them by their gates.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,10 +16,169 @@ import typer
 MISSED = 4  # exit code of a training that missed its gate
 
 train_app = typer.Typer(
-    help="Train the embedded tiny models again. Runs resume from their folder.", no_args_is_help=True
+    help="Fine-tune a video pipeline under a sparse method, or train the embedded tiny models. Runs resume from their folder.",
+    no_args_is_help=True,
 )
 Work = Annotated[Path, typer.Option("--work", help="Folder of checkpoints and the log; a run there is resumed.")]
 Seed = Annotated[int, typer.Option(help="Training seed.")]
+Method = Annotated[str | None, typer.Option("--method", help="A sparse attention's name, as `mmeff list` shows it.")]
+Config = Annotated[Path | None, typer.Option("--config", "-c", help="YAML file with `method:` and fields.")]
+Settings = Annotated[
+    list[str] | None, typer.Option("--set", "-s", help="field=value of the method, e.g. --set decay=0.2.")
+]
+Only = Annotated[
+    str | None, typer.Option(help="sparse or dense: make one of the two runs, and compare in a later call without it.")
+]
+
+
+@train_app.command("video")
+def train_video(
+    model: Annotated[str, typer.Argument(help="Folder or hub name of a diffusers Wan pipeline, or tiny-video.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the result: weights, curve, card.")] = Path(
+        "runs/tuned-video"
+    ),
+    work: Work = Path("runs/train-video"),
+    method: Method = None,
+    config: Config = None,
+    set_: Settings = None,
+    data: Annotated[
+        Path | None, typer.Option(help='Folder of videos with manifest.jsonl: {"file": ..., "text": ...} per line.')
+    ] = None,
+    frames: Annotated[int | None, typer.Option(help="Frames of a clip.  [default: 81]")] = None,
+    height: Annotated[int | None, typer.Option(help="Pixels.  [default: 480]")] = None,
+    width: Annotated[int | None, typer.Option(help="Pixels.  [default: 832]")] = None,
+    text_tokens: Annotated[int | None, typer.Option(help="Text tokens of a prompt.  [default: 512]")] = None,
+    lora_rank: Annotated[int, typer.Option(help="Rank of the adapter; 0 trains every weight.")] = 128,
+    lora_alpha: Annotated[int | None, typer.Option(help="Weight of the adapter.  [default: the rank]")] = None,
+    lora_target: Annotated[
+        list[str] | None,
+        typer.Option(help="End of a module's name; may be repeated.  [default: to_q to_k to_v to_out.0]"),
+    ] = None,
+    steps: Annotated[int, typer.Option(help="Steps of the optimiser.")] = 2000,
+    batch: Annotated[int, typer.Option(help="Clips of a forward.")] = 1,
+    accumulate: Annotated[int, typer.Option(help="Forwards of a step.")] = 1,
+    lr: Annotated[float, typer.Option(help="Learning rate.")] = 1e-4,
+    warmup: Annotated[int, typer.Option(help="Steps of linear warm-up.")] = 20,
+    shift: Annotated[float | None, typer.Option(help="Shift of the noise levels.  [default: the scheduler's]")] = None,
+    text_dropout: Annotated[float, typer.Option(help="Share of clips trained without text.")] = 0.1,
+    held_out: Annotated[int, typer.Option(help="Clips that are never trained on: the last of the manifest.")] = 8,
+    held_out_every: Annotated[int, typer.Option(help="Steps between two held-out losses.")] = 100,
+    checkpoint_every: Annotated[int, typer.Option(help="Steps between two checkpoints.")] = 100,
+    gradient_checkpointing: Annotated[
+        bool, typer.Option("--gradient-checkpointing", help="Less memory, one forward more.")
+    ] = False,
+    seed: Seed = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:1.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+) -> None:
+    """Fine-tune a Wan pipeline under a sparse attention, or dense without --method; tiny-video needs no --data.
+
+        mmeff train video Wan-AI/Wan2.1-T2V-1.3B-Diffusers --method radial --data clips --frames 161 --lora-rank 128
+
+    Training has no denoising steps: a method named by --method gets dense_steps=0 and last_dense_steps=0.
+    """
+    from mmeff.training import reexec_with_cpu_environment
+
+    reexec_with_cpu_environment()
+    from mmeff.pipelines.finetune import FinetuneRecipe, finetune
+    from mmeff.pipelines.finetune_data import GeneratedClips, VideoFolder
+    from mmeff.pipelines.loading import load
+    from mmeff.tiny import clips
+
+    tiny = model == "tiny-video"
+    if data is None and not tiny:
+        raise ValueError(
+            f"{model} needs clips to train on: pass --data with a folder that holds manifest.jsonl and its videos; only "
+            "tiny-video has generated ones"
+        )
+    sizes = (
+        {"frames": clips.FRAMES, "height": clips.SIZE, "width": clips.SIZE, "text_tokens": 16}
+        if tiny
+        else {"frames": 81, "height": 480, "width": 832, "text_tokens": 512}
+    )
+    typed = {"frames": frames, "height": height, "width": width, "text_tokens": text_tokens}
+    more: dict[str, Any] = {k: sizes[k] if v is None else v for k, v in typed.items()}
+    if lora_target:
+        more["lora_targets"] = tuple(lora_target)
+    recipe = FinetuneRecipe(
+        method=_method(method, config, set_), lora_rank=lora_rank, lora_alpha=lora_alpha, steps=steps, batch=batch,
+        accumulate=accumulate, lr=lr, warmup=warmup, shift=shift, text_dropout=text_dropout, held_out=held_out,
+        held_out_every=held_out_every, checkpoint_every=checkpoint_every, seed=seed,
+        gradient_checkpointing=gradient_checkpointing, **more,
+    )  # fmt: skip
+    source = GeneratedClips() if data is None else VideoFolder(data)  # unreadable clips must not cost a model load
+    loaded = load(model, device=device, dtype=dtype)
+    done = finetune(loaded.model, source, recipe, work, out=out, progress=_print_step)
+    print(f"held-out loss {done.untuned:.5f} before, {done.final:.5f} after; result: {out}")
+
+
+@train_app.command("tiny-long")
+def train_tiny_long(
+    times: Annotated[int, typer.Option(help="How many times longer than trained the clips are.")] = 4,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Folder of the results.  [default: runs/tiny-long-<times>x]")
+    ] = None,
+    work: Annotated[
+        Path | None, typer.Option(help="Folder of the runs, resumed.  [default: runs/train-tiny-long-<times>x]")
+    ] = None,
+    method: Method = None,
+    config: Config = None,
+    set_: Settings = None,
+    steps: Annotated[int, typer.Option(help="Steps of each run.")] = 400,
+    only: Only = None,
+    seed: Seed = 0,
+) -> None:
+    """Tune the tiny video model on longer clips, under Radial and dense, and compare the held-out losses.
+
+    Passes if the tuned sparse model is below the untuned one and within 5 % of the tuned dense one.
+    """
+    from mmeff.training import reexec_with_cpu_environment
+
+    reexec_with_cpu_environment()
+    from mmeff.tiny import train_sparse
+
+    chosen = _method(method, config, set_, default="radial", preset=train_sparse.LONG_RADIAL)
+    found = train_sparse.long(
+        times, chosen, work or Path(f"runs/train-tiny-long-{times}x"), out or Path(f"runs/tiny-long-{times}x"),
+        steps=steps, seed=seed, only=_only(only), progress=_named_progress,
+    )  # fmt: skip
+    if found is None:
+        return
+    print(
+        f"untuned sparse {found['untuned_sparse']:.5f}, tuned sparse {found['tuned_sparse']:.5f}, "
+        f"untuned dense {found['untuned_dense']:.5f}, tuned dense {found['tuned_dense']:.5f}: "
+        f"{found['tuned_sparse_over_tuned_dense']:.3f} of dense; {'passed' if found['passed'] else 'MISSED'}"
+    )
+    if not found["passed"]:
+        raise typer.Exit(MISSED)
+
+
+@train_app.command("tiny-vmoba")
+def train_tiny_vmoba(
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the results.")] = Path("runs/tiny-vmoba"),
+    work: Work = Path("runs/train-tiny-vmoba"),
+    method: Method = None,
+    config: Config = None,
+    set_: Settings = None,
+    frame_steps: Annotated[int, typer.Option(help="Steps on single frames, dense.")] = 400,
+    clip_steps: Annotated[int, typer.Option(help="Steps on whole clips, under the method.")] = 700,
+    prompts: Annotated[int, typer.Option(help="Prompts that the detector judges.")] = 64,
+    only: Only = None,
+    seed: Seed = 1,
+) -> None:
+    """Train the tiny video model from nothing under VMoBA, or any --method, and its dense twin, and judge both."""
+    from mmeff.training import reexec_with_cpu_environment
+
+    reexec_with_cpu_environment()
+    from mmeff.tiny import train_sparse
+
+    chosen = _method(method, config, set_, default="vmoba", preset=train_sparse.START_VMOBA)
+    recipe = train_sparse.start_recipe(frame_steps=frame_steps, clip_steps=clip_steps, seed=seed)
+    found = train_sparse.from_start(
+        chosen, work, out, recipe=recipe, only=_only(only), prompts=prompts, progress=_named_progress
+    )
+    if found is not None:
+        print(f"held-out loss over that of the dense twin: {found['ratio']:.3f}; result: {out}")
 
 
 @train_app.command("tiny-vlm")
@@ -27,7 +191,7 @@ def train_tiny_vlm(
     seed: Seed = 1,
 ) -> None:
     """Train the tiny LLaVA model, run its acceptance gate, write the model folder with its card."""
-    from mmeff.tiny.training import reexec_with_cpu_environment
+    from mmeff.training import reexec_with_cpu_environment
 
     reexec_with_cpu_environment()
     from mmeff.evaluation import gates
@@ -52,7 +216,7 @@ def train_tiny_video(
     seed: Seed = 1,
 ) -> None:
     """Train the tiny Wan model, run its acceptance gate, write the pipeline folder with its card."""
-    from mmeff.tiny.training import reexec_with_cpu_environment
+    from mmeff.training import reexec_with_cpu_environment
 
     reexec_with_cpu_environment()
     from mmeff.evaluation import gates
@@ -66,6 +230,57 @@ def train_tiny_video(
     gate = gates.video_gate(out, say=print)
     gates.seal_video(out, recipe, gate)
     _gate_exit(gate, out)
+
+
+def _method(
+    name: str | None,
+    file: Path | None,
+    pairs: list[str] | None,
+    *,
+    default: str = "",
+    preset: dict[str, Any] | None = None,
+) -> Any:
+    """The method that the options name, None for none. `preset` holds the fields of `default` on the tiny model.
+
+    Raises: ValueError for options that contradict each other.
+    """
+    import yaml
+
+    from mmeff.registry import build
+
+    if name and file:
+        raise ValueError(f"a training takes one method, got --method {name} and --config {file}; drop one of them")
+    fields: dict[str, Any] = {}
+    for pair in pairs or []:
+        field, equals, value = pair.partition("=")
+        if not equals or not field.strip():
+            raise ValueError(f"--set needs field=value, got {pair!r}; for example --set decay=0.2")
+        fields[field.strip()] = yaml.safe_load(value)
+    if file:
+        return build(file).replace(**fields)
+    if not (name or default):
+        if fields:
+            raise ValueError("--set has no method to apply to; pass --method or --config")
+        return None
+    config = build(name or default)
+    if config.name() == default:
+        config = config.replace(**preset or {})
+    steps: dict[str, Any] = {k: 0 for k in ("dense_steps", "last_dense_steps") if k in config.to_dict()}
+    return config.replace(**(steps | fields))
+
+
+def _only(value: str | None) -> Any:
+    if value not in (None, "sparse", "dense"):
+        raise ValueError(f"--only must be sparse or dense, got {value!r}; leave it out to make both runs and compare")
+    return value
+
+
+def _named_progress(name: str) -> Callable[[int, int, dict[str, float]], None]:
+    def tick(step: int, steps: int, row: dict[str, float]) -> None:
+        print(f"{name}  ", end="")
+        _print_step(step, steps, row)
+
+    return tick
 
 
 def _print_step(step: int, steps: int, row: dict[str, float]) -> None:

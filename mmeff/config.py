@@ -137,12 +137,21 @@ def normalise(name: str) -> str:
 
 
 def _plain(value: Any) -> Any:
+    if isinstance(value, MethodConfig):
+        return value.to_dict()
     return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value
 
 
 def _coerce(value: Any, hint: Any) -> Any:
-    """Lists become tuples and integers become floats where the field asks for them; nothing else is converted."""
+    """Convert what YAML and the command line cannot say otherwise.
+
+    Lists become tuples, integers floats, and names and mappings other methods' configs, where the field asks for them.
+    """
     options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+    if isinstance(value, (str, Mapping)) and any(isinstance(o, type) and issubclass(o, MethodConfig) for o in options):
+        from mmeff.registry import build  # which imports this module
+
+        return build(value)
     inner = next((typing.get_args(o) for o in options if typing.get_origin(o) is tuple), None)
     if isinstance(value, (list, tuple)) and inner:
         hints = inner[:1] * len(value) if inner[-1] is Ellipsis else inner

@@ -135,6 +135,16 @@ class ScalingHost(ToyHost):
             raise RuntimeError("at the end")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Twice(MethodConfig):
+    """Does what another method does, twice."""
+
+    stage: ClassVar[str] = "adding"
+    source: ClassVar[str] = "this test"
+
+    inner: Adder | None = option(None, "what is done", source="this test")  # noqa: RUF009 - a field like the others
+
+
 @pytest.fixture(autouse=True)
 def toys(monkeypatch):
     """A registry and hosts of the toys alone, loaded."""
@@ -188,6 +198,24 @@ def test_replace_validates():
 def test_only_lists_and_integers_are_converted():
     method = Adder(weight=2, grid=[3, 4])
     assert (method.weight, type(method.weight), method.grid) == (2.0, float, (3, 4))
+
+
+def test_a_config_may_hold_another(tmp_path, monkeypatch):
+    monkeypatch.setitem(registry._methods, "twice", Twice)
+    method = Twice(inner=Adder(amount=4, grid=(5,)))
+    method.to_yaml(tmp_path / "a.yaml")
+    assert "inner:\n  method: adder\n  amount: 4\n" in (tmp_path / "a.yaml").read_text()
+    assert registry.build(tmp_path / "a.yaml") == method and hash(method) == hash(method.replace())
+    assert Twice(inner="adder") == Twice(inner={"method": "Adder"}) == Twice(inner=Adder())
+    assert [f.type for f in describe(Twice)] == ["Adder or None"]
+    with pytest.raises(TypeError, match=r"Twice\.inner must be Adder or None, got 3 of type int"):
+        Twice(inner=3)
+    with pytest.raises(TypeError, match=r"Twice\.inner must be Adder or None, got Scaler\(.*\) of type Scaler"):
+        Twice(inner="scaler")
+    with pytest.raises(TypeError, match=r"Adder has no field 'amout'"):
+        Twice(inner={"method": "adder", "amout": 4})
+    with pytest.raises(UnknownMethod, match=r"Did you mean 'Adder'"):
+        Twice(inner="addr")
 
 
 @pytest.mark.parametrize("weight", [0.1, 1e-5, 1e22, math.inf])

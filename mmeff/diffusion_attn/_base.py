@@ -78,6 +78,11 @@ class SparseAttention(MethodConfig, ABC):
                 "pass a list such as (-1,) to count from the end",
             )
 
+    @property
+    def per_head(self) -> bool:
+        """Whether the pattern depends on a head's number, so that a part of the heads cannot be served by itself."""
+        return False
+
     # ---------------------------------------------------------------- when
 
     def dense_layer_ids(self, num_layers: int) -> frozenset[int]:

@@ -80,6 +80,10 @@ class SlidingTile(SparseAttention):
         heads = [(f"SlidingTile.windows_per_head[{i}]", window) for i, window in enumerate(self.windows_per_head)]
         return heads or [("SlidingTile.window", self.window)]
 
+    @property
+    def per_head(self) -> bool:
+        return len(self.windows_per_head) > 1
+
     def check_grid(self, grid: Grid, text_len: int = 0) -> None:
         super().check_grid(grid, text_len)
         tiles = self._tiling(grid).tiles

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from mmeff.tiny import scenes, training
+from mmeff import training
+from mmeff.tiny import scenes
 
 
 @dataclass(frozen=True, kw_only=True)

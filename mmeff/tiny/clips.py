@@ -30,6 +30,7 @@ MARGIN = 1.0
 
 # Seeds: a split is a seed, and the seed sequence of numpy keeps (seed, index) streams apart.
 TRAIN_SEED, GATE_SEED, HELDOUT_SEED = 1_000, 2_000, 3_000
+TUNE_SEED, TUNE_HELDOUT_SEED = 4_000, 5_000  # fine-tuning: its clips, and those that only its loss is measured on
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +63,13 @@ def all_prompts() -> list[str]:
 def prompt_index(labels: ClipLabels) -> np.ndarray:
     """The position of every clip's text in `all_prompts()`, shape (B,)."""
     return (labels.colour * len(SHAPES) + labels.shape) * len(DIRECTIONS) + labels.direction
+
+
+def stretched(times: int) -> int:
+    """Frames of a clip whose latent video, and so whose tokens, are `times` those of `FRAMES` frames: 17, 35, 71, ..."""
+    if times < 1:
+        raise ValueError(f"times must be >= 1, got {times}; 2 and 4 are what fine-tuning on longer clips is shown for")
+    return times * (FRAMES + 1) - 1
 
 
 def sample(

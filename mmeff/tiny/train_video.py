@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -18,7 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from mmeff.tiny import clips, codec, training, video_model
+from mmeff import training
+from mmeff.accelerate import accelerate
+from mmeff.diffusion_attn._base import SparseAttention
+from mmeff.tiny import clips, codec, video_model
 
 CHECKPOINT_EVERY = 250  # steps
 GATE = {"found": 0.90, "colour": 0.90, "shape": 0.90, "direction": 0.90, "all": 0.85}
@@ -149,14 +153,29 @@ def prompt_table() -> torch.Tensor:
 
 
 def train(
-    recipe: VideoRecipe, folder: str | Path, *, progress: Callable[[int, int, dict[str, float]], None] | None = None
+    recipe: VideoRecipe,
+    folder: str | Path,
+    *,
+    method: SparseAttention | None = None,
+    progress: Callable[[int, int, dict[str, float]], None] | None = None,
 ) -> Student:
-    """Run or resume a training in `folder`; returns the student with averaged weights.
+    """Run or resume a training in `folder`; returns the student with averaged weights, without the method.
 
+    Args:
+        method: installed from the first step on whole clips. Single frames stay dense: they are too short to be sparse in.
     Raises:
-        ValueError: the folder holds a run of another recipe.
+        ValueError: the folder holds a run of another recipe, or the method counts denoising steps or cannot serve the grid.
     """
-    run = training.Run(folder, {"kind": "tiny-video", **asdict(recipe)})
+    more: dict[str, Any] = {}
+    if method is not None:
+        if method.counts_steps:
+            raise ValueError(
+                f"training has no denoising steps, so the schedule of {type(method).__name__} must not count them, got "
+                f"dense_steps={method.dense_steps}, last_dense_steps={method.last_dense_steps}; pass 0 for both"
+            )
+        method.check_grid(video_model.GRID)
+        more["method"] = method.to_dict()
+    run = training.Run(folder, {"kind": "tiny-video", **asdict(recipe), **more})
     torch.manual_seed(recipe.seed)
     student = Student().train()
     matrices, others = training.split_matrices(
@@ -178,34 +197,43 @@ def train(
 
     texts = prompt_table()
     losses: list[float] = []
-    for step in range(start, steps):
-        batch = _batch(recipe, step, texts)
-        velocity = student(batch["latents"], batch["sigma"], batch["text"], batch["padding"], batch["frames"])
-        loss = F.mse_loss(velocity, batch["target"])
-        loss.backward()
-        lr = training.warmup_constant_linear(
-            step, steps=steps, lr=recipe.lr, warmup=recipe.warmup, constant=recipe.constant
-        )
-        norm = optimizer.step(lr)
-        ema.update(student, step)
-        losses.append(loss.item())
-        if (step + 1) % 50 == 0:
-            row = {"loss": float(np.mean(losses[-50:])), "lr": lr, "norm": norm}
-            run.log(step=step + 1, **row)
-            if progress:
-                progress(step + 1, steps, row)
-        if (step + 1) % CHECKPOINT_EVERY == 0 or step + 1 == steps:
-            checkpoint(step + 1)
-        if step + 1 > recipe.frame_steps and (step + 1 - recipe.frame_steps) % 500 == 0:
-            averaged = Student()
-            averaged.load_state_dict(student.state_dict())
-            ema.copy_to(averaged)
-            score = evaluate(averaged, count=32, seed=clips.GATE_SEED, steps=14)
-            run.log(step=step + 1, quick=score)
-            if progress:
-                progress(step + 1, steps, score)
+    with under(student, method) as handle:
+        for step in range(start, steps):
+            if handle is not None:
+                handle.enabled = step >= recipe.frame_steps
+            batch = _batch(recipe, step, texts)
+            velocity = student(batch["latents"], batch["sigma"], batch["text"], batch["padding"], batch["frames"])
+            loss = F.mse_loss(velocity, batch["target"])
+            loss.backward()
+            lr = training.warmup_constant_linear(
+                step, steps=steps, lr=recipe.lr, warmup=recipe.warmup, constant=recipe.constant
+            )
+            norm = optimizer.step(lr)
+            ema.update(student, step)
+            losses.append(loss.item())
+            if (step + 1) % 50 == 0:
+                row = {"loss": float(np.mean(losses[-50:])), "lr": lr, "norm": norm}
+                run.log(step=step + 1, **row)
+                if progress:
+                    progress(step + 1, steps, row)
+            if (step + 1) % CHECKPOINT_EVERY == 0 or step + 1 == steps:
+                checkpoint(step + 1)
+            if step + 1 > recipe.frame_steps and (step + 1 - recipe.frame_steps) % 500 == 0:
+                averaged = Student()
+                averaged.load_state_dict(student.state_dict())
+                ema.copy_to(averaged)
+                with under(averaged, method):
+                    score = evaluate(averaged, count=32, seed=clips.GATE_SEED, steps=14)
+                run.log(step=step + 1, quick=score)
+                if progress:
+                    progress(step + 1, steps, score)
     ema.copy_to(student)
     return student.eval()
+
+
+def under(student: Student, method: SparseAttention | None) -> AbstractContextManager[Any]:
+    """A block inside which the student attends as the method says; it yields the handle, or None where that is dense."""
+    return nullcontext() if method is None else accelerate(student.net, method)
 
 
 @torch.no_grad()

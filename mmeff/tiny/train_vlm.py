@@ -21,7 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from mmeff.tiny import scenes, training, vlm_model
+from mmeff import training
+from mmeff.tiny import scenes, vlm_model
 
 SEGMENT = 10  # tokens of one packed question with its answer and end mark
 Policy = Callable[[Any, torch.Tensor, np.random.Generator], torch.Tensor | None]

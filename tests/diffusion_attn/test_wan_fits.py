@@ -119,3 +119,24 @@ def test_two_pipelines_at_once_do_not_touch_each_other():
         assert first.report().density != second.report().density
     with mmeff.accelerate(one, FULL):
         assert torch.equal(generate(two, steps=1), stock)
+
+
+def test_gradient_checkpointing_computes_the_same_layers_again():
+    from small_wan import make_transformer
+
+    from mmeff.tiny import codec, video_model
+
+    model = make_transformer().train()
+    latents = torch.randn(1, codec.LATENT_CHANNELS, 3, 24, 24, generator=torch.Generator().manual_seed(1))
+    inputs = (latents, torch.tensor([500.0]), torch.randn(1, 8, video_model.TEXT_DIM))
+    weight = model.blocks[0].attn1.to_k.weight
+
+    def gradient():
+        return torch.autograd.grad(model(*inputs, return_dict=False)[0].square().sum(), weight)[0]
+
+    with mmeff.accelerate(model, SPARSE, backend="gather") as handle:
+        kept = gradient()
+        model.enable_gradient_checkpointing()
+        again = gradient()
+    torch.testing.assert_close(again, kept)
+    assert handle.report().calls == {"sparse": 3 * LAYERS, "full": 0, "dense": 0}  # the second forward runs twice

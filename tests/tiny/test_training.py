@@ -7,7 +7,8 @@ import json
 import pytest
 import torch
 
-from mmeff.tiny import codec, scenes, train_video, train_vlm, training, video_model, vlm_model
+from mmeff import training
+from mmeff.tiny import codec, scenes, train_video, train_vlm, video_model, vlm_model
 
 TINY = {"frame_steps": 2, "clip_steps": 2, "frame_batch": 4, "clip_batch": 2}
 

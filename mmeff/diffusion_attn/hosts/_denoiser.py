@@ -59,10 +59,27 @@ class Session:
         self.handle = handle
         self.method = method
         self.pipeline = pipeline  # whose scheduler tells the step where the pipeline's cache context does not
-        self.now: Forward | None = None
+        self._now: Forward | None = None
+        self._last: Forward | None = None
         self._layouts: OrderedDict[Hashable, dict[Hashable, KeptLayout]] = OrderedDict()
 
     # ---------------------------------------------------------------- a forward
+
+    @property
+    def now(self) -> Forward | None:
+        """The forward that is running; in a backward pass, the one whose layers gradient checkpointing computes again.
+
+        Padded prompts belong to one forward alone, so with them a recomputation is refused rather than guessed.
+        """
+        if self._now is None and self._last is not None and self._last.text_valid is None and _in_backward():
+            return self._last
+        return self._now
+
+    @now.setter
+    def now(self, forward: Forward | None) -> None:
+        self._now = forward
+        if forward is not None:
+            self._last = forward
 
     def begin(
         self,
@@ -197,8 +214,12 @@ class Session:
 
     def close(self) -> None:
         """Forget everything."""
-        self.now = None
+        self._now = self._last = None
         self._layouts.clear()
+
+
+def _in_backward() -> bool:
+    return bool(torch._C._current_graph_task_id() != -1)
 
 
 # -------------------------------------------------------------------- following a transformer

@@ -20,13 +20,15 @@ from mmeff.report import Plan
 class Family(Host):
     """A host for one transformer class of diffusers.
 
-    Class attributes: `module` and `transformer` name the class; `components` the pipeline's attributes that may hold one.
+    Class attributes: `module` and `transformer` name the class; `components` the pipeline's attributes that may hold one;
+    `joint` whether the text tokens are inside self-attention.
     """
 
     stage = "diffusion_attn"
     module: ClassVar[str]
     transformer: ClassVar[str]
     components: ClassVar[tuple[str, ...]] = ("transformer", "transformer_2")
+    joint: ClassVar[bool] = False
 
     # ---------------------------------------------------------------- what a family says
 
@@ -45,7 +47,8 @@ class Family(Host):
     def sizes(cls, transformer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """(grid, text_len, device, text_valid) of a forward from its arguments, or None if they do not tell.
 
-        text_valid: (B,) text tokens in use where prompts are padded, else None.
+        text_valid: (B,) text tokens in use where prompts are padded, else None. Where the forward cannot be sparse, the
+        grid is a str, the reason.
         """
 
     @classmethod
@@ -102,8 +105,8 @@ class Family(Host):
                 if type(processor) is not stock:
                     return (
                         f"{name} has the processor {type(processor).__name__}, and only the stock {stock.__name__} can be "
-                        f"replaced without losing what another one adds; call set_attn_processor({stock.__name__}()) or "
-                        "unload the adapter first"
+                        f"replaced without losing what another one adds; give it a {stock.__name__} or unload the adapter "
+                        "first"
                     )
                 obstacle = parallel_obstacle(getattr(processor, "_parallel_config", None))
                 if obstacle is not None:
@@ -132,6 +135,8 @@ class Family(Host):
         assert isinstance(method, SparseAttention)
         transformer = cls.transformers(model)[0]
         found = cls.dimensions(model, transformer, **sizes)
+        if cls.joint:
+            found.text_len += text_tokens
         found.rows.append(("batch", f"{batch} (one layout serves all)"))
         F, H, W = found.grid
         return make_plan(
@@ -141,16 +146,27 @@ class Family(Host):
             sizes=found,
             num_steps=num_inference_steps,
             num_layers=len(cls.attentions(transformer)),
-            work=cls.work(transformer, F * H * W, text_tokens),
+            work=cls.work(transformer, F * H * W, found.text_len if cls.joint else text_tokens),
         )
+
+
+def argument(args: tuple[Any, ...], kwargs: dict[str, Any], index: int, name: str) -> Any:
+    """An argument of a forward, passed by position or by name; None if it was not passed."""
+    return args[index] if len(args) > index else kwargs.get(name)
 
 
 def _replace(attention: Any, processor: Any, handle: Handle) -> None:
     original = attention.processor
-    attention.set_processor(processor)
+
+    def put(one: Any) -> None:
+        if hasattr(attention, "set_processor"):
+            attention.set_processor(one)
+        else:  # Mochi's attention has no setter
+            attention.processor = one
 
     def undo() -> None:
         if attention.processor is processor:  # one that the user has set since stays
-            attention.set_processor(original)
+            put(original)
 
+    put(processor)
     handle.on_remove(undo)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import weakref
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -26,13 +26,17 @@ _sessions: weakref.WeakValueDictionary[int, Session] = weakref.WeakValueDictiona
 class Projected:
     """What a family makes of an attention call: q, k, v (B, N, H, D), the video first and the text last.
 
+    Families whose processor says `text_first` give the text first.
     rest: whatever the family needs to bring the result back into its own shape.
+    mask: bool, what the stock processor lets be attended, broadcast to (B, H, N, N); None where that is everything. Compiled
+    blocks need it for their dense calls.
     """
 
     q: Tensor
     k: Tensor
     v: Tensor
     rest: Any = None
+    mask: Tensor | None = None
 
 
 class SparseProcessor:
@@ -40,7 +44,12 @@ class SparseProcessor:
 
     Settings that diffusers writes on a processor while it is installed (attention backend, context parallelism) reach the
     original and outlive us.
+
+    Class attribute: `text_first`, whether the family's tokens begin with the text. The core then turns them around, because
+    some layers are handed joined tokens and only the forward knows where the text ends.
     """
+
+    text_first: ClassVar[bool] = False
 
     def __init__(self, original: Any, layer: int, session: Session) -> None:
         self.original = original
@@ -80,50 +89,72 @@ class SparseProcessor:
         raise NotImplementedError
 
     def finish(self, attn: Any, out: Tensor, projected: Projected, call: dict[str, Any]) -> Any:
-        """What the stock processor returns, from the attention output (B, N, H, D), video first and text last."""
+        """What the stock processor returns, from the attention output (B, N, H, D) in the order of `project`."""
         raise NotImplementedError
 
     # ---------------------------------------------------------------- the call
 
     def run(self, attn: Any, hidden_states: Tensor, call: dict[str, Any]) -> Any:
         """Serve one call of the processor; `call` holds its other arguments by name."""
+        group = ulysses_group(getattr(self, "_parallel_config", None))  # processors that call SDPA themselves have none
         if torch.compiler.is_compiling():
+            if group is not None:
+                raise NotImplementedError(
+                    "mmeff: sparse attention in compiled blocks does not exchange tokens between devices; use context "
+                    "parallelism without compiling, or compile without it."
+                )
+            if self.obstacle(call) is not None:  # what kind of arguments there are holds for the whole graph
+                return self.original(attn, hidden_states, **call)
             projected = self.project(attn, hidden_states, call)
-            out = torch.ops.mmeff.sparse_video_attention(projected.q, projected.k, projected.v, self.place)
+            out = torch.ops.mmeff.sparse_video_attention(
+                projected.q, projected.k, projected.v, self.place, projected.mask, self.text_first
+            )
             return self.finish(attn, out, projected, call)
-        group = ulysses_group(self._parallel_config)
         split = 1 if group is None else group.size()
         tokens = self.tokens(hidden_states, call.get("encoder_hidden_states")) * split
         obstacle = self.obstacle(call)
+        if group is not None and self.session.method.per_head:
+            obstacle = (
+                "its pattern differs from head to head, and context parallelism gives each device some of the heads"
+            )
         if not self.session.admits(self.layer, hidden_states.device, tokens=tokens, obstacle=obstacle):
             return self.original(attn, hidden_states, **call)
         projected = self.project(attn, hidden_states, call)
         q, k, v = (all_to_heads(x, group) for x in (projected.q, projected.k, projected.v))
-        out = all_to_tokens(self.session.attend(self.layer, q, k, v), group)
+        out = all_to_tokens(_attend(self.session, self.layer, q, k, v, self.text_first), group)
         return self.finish(attn, out, projected, call)
 
 
+def _attend(session: Session, layer: int, q: Tensor, k: Tensor, v: Tensor, text_first: bool) -> Tensor:
+    """`Session.attend`, which wants the text last."""
+    assert session.now is not None  # nothing is admitted outside a forward
+    T = session.now.text_len if text_first else 0
+    if T == 0:
+        return session.attend(layer, q, k, v)
+    q, k, v = (torch.cat((x[:, T:], x[:, :T]), dim=1) for x in (q, k, v))
+    out = session.attend(layer, q, k, v)
+    return torch.cat((out[:, -T:], out[:, :-T]), dim=1)
+
+
 @torch.library.custom_op("mmeff::sparse_video_attention", mutates_args=())
-def sparse_video_attention(q: Tensor, k: Tensor, v: Tensor, place: Tensor) -> Tensor:
+def sparse_video_attention(
+    q: Tensor, k: Tensor, v: Tensor, place: Tensor, mask: Tensor | None, text_first: bool
+) -> Tensor:
     """Attention of one layer of one session, sparse or dense as the session decides. All tensors (B, N, H, D).
 
-    place: (2,) int64 on the CPU, the session's number and the layer.
+    place: (2,) int64 on the CPU, the session's number and the layer. mask: as `Projected.mask`, for a dense call.
+    text_first: as `SparseProcessor.text_first`.
     """
     number, layer = place.tolist()
     session = _sessions[number]
     if session.admits(layer, q.device, tokens=q.shape[1], obstacle=None):
-        return session.attend(layer, q, k, v).contiguous()
-    mask = None
-    now = session.now
-    if now is not None and now.text_valid is not None:
-        lengths = q.shape[1] - now.text_len + now.text_valid
-        mask = (torch.arange(q.shape[1], device=q.device) < lengths[:, None])[:, None, None]
+        return _attend(session, layer, q, k, v, text_first).contiguous()
     out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask)
     return out.transpose(1, 2).contiguous()
 
 
 @sparse_video_attention.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, place: Tensor) -> Tensor:
+def _(q: Tensor, k: Tensor, v: Tensor, place: Tensor, mask: Tensor | None, text_first: bool) -> Tensor:
     return q.new_empty(q.shape)
 
 

@@ -1,4 +1,4 @@
-"""What both tiny trainings share: optimisers, schedule, EMA, step-seeded randomness, logs and resumable checkpoints.
+"""What all trainings share: optimisers, schedule, EMA, step-seeded randomness, logs and resumable checkpoints.
 
 A run is a pure function of its config: every step draws from a generator seeded by (seed, step), so stopping and resuming
 at any step gives the same run up to the order of floating-point sums. Checkpoints are safetensors and JSON; nothing is
@@ -11,7 +11,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -50,16 +50,12 @@ def torch_rng(seed: int, step: int) -> torch.Generator:
     return torch.Generator().manual_seed((seed * 1_000_003 + step) % (2**63))
 
 
-class MuonWithAdamW:
-    """Muon for the matrices inside layers, AdamW for everything else, at one learning rate."""
+class Optimizer:
+    """Torch optimisers that step together at one learning rate, and whose state travels as flat tensors."""
 
-    def __init__(self, matrices: list[nn.Parameter], others: list[nn.Parameter], *, weight_decay: float = 0.0) -> None:
-        muon = torch.optim.Muon(
-            matrices, lr=1.0, momentum=0.95, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"
-        )
-        adamw = torch.optim.AdamW(others, lr=1.0, betas=(0.9, 0.98), weight_decay=0.0)
-        self.optimizers: list[torch.optim.Optimizer] = [muon, adamw]
-        self.parameters = [*matrices, *others]
+    def __init__(self, optimizers: list[torch.optim.Optimizer]) -> None:
+        self.optimizers = optimizers
+        self.parameters = [p for o in optimizers for group in o.param_groups for p in group["params"]]
 
     def step(self, lr: float, *, clip: float = 1.0) -> float:
         """Clip to a global norm, step both at `lr`, clear gradients; return the norm before clipping."""
@@ -91,6 +87,16 @@ class MuonWithAdamW:
             full = optimizer.state_dict()
             full["state"] = state
             optimizer.load_state_dict(full)
+
+
+class MuonWithAdamW(Optimizer):
+    """Muon for the matrices inside layers, AdamW for everything else, at one learning rate."""
+
+    def __init__(self, matrices: list[nn.Parameter], others: list[nn.Parameter], *, weight_decay: float = 0.0) -> None:
+        muon = torch.optim.Muon(
+            matrices, lr=1.0, momentum=0.95, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"
+        )
+        super().__init__([muon, torch.optim.AdamW(others, lr=1.0, betas=(0.9, 0.98), weight_decay=0.0)])
 
 
 def split_matrices(
@@ -153,7 +159,7 @@ class Run:
                 changed = sorted(k for k in {*before, *self.config} if before.get(k) != self.config.get(k))
                 raise ValueError(
                     f"{self.folder} holds a run with other values of {', '.join(changed)}; "
-                    "choose another --out, or delete the folder to start again"
+                    "choose another --work folder, or delete the folder to start again"
                 )
         else:
             stored.write_text(json.dumps(self.config, indent=1) + "\n")
@@ -163,12 +169,6 @@ class Run:
         row = {**row, "seconds": round(time.monotonic() - self._began, 1)}
         with (self.folder / "log.jsonl").open("a") as file:
             file.write(json.dumps(row) + "\n")
-
-    def rows(self) -> Iterator[dict[str, Any]]:
-        """Every logged row, oldest first."""
-        path = self.folder / "log.jsonl"
-        if path.exists():
-            yield from map(json.loads, path.read_text().splitlines())
 
     def save(self, tensors: dict[str, torch.Tensor], **state: Any) -> None:
         """Write a checkpoint under a temporary name and move it into place."""
@@ -187,6 +187,12 @@ class Run:
         with safe_open(path, "pt") as file:
             state = json.loads(file.metadata()["state"])
         return load_file(path), state
+
+
+def logged(folder: str | Path) -> list[dict[str, Any]]:
+    """Every row that the run of a folder has logged, oldest first."""
+    path = Path(folder) / "log.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def with_prefix(prefix: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
