@@ -31,10 +31,18 @@ run: $(STAMP) ## compare dense with accelerated models on the tiny models, into 
 	@$(BIN)/mmeff compare --out $(OUT) --overwrite --overwrite
 	@echo "The results are in $(OUT)/: open $(OUT)/report.html"
 
+# The Triton kernels run in Triton's interpreter, which is a mode of a whole process: beside the other tests, on a core each.
+INTERPRETED := TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m interpreter -p no:cacheprovider tests/kernels
+
 test: $(STAMP) ## run the tests (ARGS="-k layout" for some of them)
+ifdef ARGS
 	@HF_HUB_OFFLINE=1 OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} $(BIN)/python -m pytest $(ARGS)
-	@$(if $(ARGS),,echo "The Triton kernels, in Triton's interpreter")
-	@$(if $(ARGS),,TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m interpreter tests/kernels)
+else
+	@log=$$(mktemp); $(INTERPRETED) > $$log 2>&1 & interpreted=$$!; failed=0; \
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest || failed=1; \
+	echo; echo "The Triton kernels, in Triton's interpreter:"; \
+	wait $$interpreted || failed=1; cat $$log; rm -f $$log; exit $$failed
+endif
 
 lint: $(STAMP) ## check style, types and the direction of imports
 	$(BIN)/ruff check .

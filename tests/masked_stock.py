@@ -26,8 +26,8 @@ class MaskedSdpa(TorchFunctionMode):
         self.method, self.layer, self.grid, self.text_len, self.text_first = method, layer, grid, text_len, text_first
         self.calls = 0
 
-    def mask(self, q, k):
-        """(B|1, H|1, N, N) of q and k (B, H, N, D), in their order."""
+    def mask(self, q):
+        """(B|1, H|1, N, N) for q (B, H, N, D), in its order."""
         video, tokens = self.grid[0] * self.grid[1] * self.grid[2], q.shape[2]
         text = tokens - video
         assert 0 <= text <= self.text_len
@@ -61,7 +61,7 @@ class MaskedSdpa(TorchFunctionMode):
                     tensors = args[:3] or (kwargs["query"], kwargs["key"], kwargs["value"])
                     return self.attend(*tensors, kwargs.get("attn_mask"))
             with torch._C.DisableTorchFunction():
-                mask = self.mask(args[0], args[1]) if args else self.mask(kwargs["query"], kwargs["key"])
+                mask = self.mask(args[0] if args else kwargs["query"])
             given = kwargs.get("attn_mask")
             kwargs["attn_mask"] = mask if given is None else mask & given
         return func(*args, **kwargs)

@@ -17,7 +17,14 @@ FLOOR_SCALE = 0.25
 
 
 def assert_close_to_reference(
-    actual: Tensor, plain: Tensor, reference: Tensor, *, name: str = "result", times: float = 2.0, terms: float = 0.0
+    actual: Tensor,
+    plain: Tensor,
+    reference: Tensor,
+    *,
+    name: str = "result",
+    times: float = 2.0,
+    terms: float = 0.0,
+    weighted: float = 0.0,
 ) -> None:
     """Assert that `actual` is about as close to the float64 `reference` as `plain` is.
 
@@ -26,6 +33,8 @@ def assert_close_to_reference(
         plain: the same quantity from plain PyTorch; its dtype is the one `actual` must have.
         reference: the same quantity in float64. Infinities must sit in the same places; NaN is never accepted.
         times: how many times the error of `plain` is allowed.
+        weighted: size of a sum whose weights are exponentials, each rounded in the dtype of the computation; see
+            `weighted_terms`.
         terms: size of the terms whose difference the result is, where they may cancel; see `gradient_terms`.
     """
     assert reference.dtype == torch.float64, f"{name}: the reference must be float64, got {reference.dtype}"
@@ -47,6 +56,8 @@ def assert_close_to_reference(
         * torch.finfo(actual.dtype).eps
         * max(finite.abs().max().item(), FLOOR_SCALE, terms)
     )
+    wide = torch.promote_types(actual.dtype, torch.float32)  # scores and weights are computed in at least float32
+    floor += FLOOR_ROUNDINGS[wide] * torch.finfo(wide).eps * weighted
     bound = times * plain_error + floor
     assert error <= bound, (
         f"{name}: error {error:.3g} exceeds {times} x {plain_error:.3g} (plain {plain.dtype}) + floor {floor:.3g}"
@@ -83,3 +94,15 @@ def gradient_terms(q: Tensor, k: Tensor, v: Tensor, dout: Tensor, scale: float |
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     largest = (x.detach().double().norm(dim=-1).max().item() for x in (dout, v))
     return scale * next(largest) * next(largest) * max(x.detach().double().abs().max().item() for x in (q, k))
+
+
+def weighted_terms(q: Tensor, k: Tensor, dout: Tensor, scale: float | None = None) -> float:
+    """Return the size of the sums in dv, for a backward pass that makes the weights from the scores and the log-sum-exp.
+
+    A weight is then off by roundings of its score, where plain softmax gives exactly 1 to a query with one key; over the
+    queries that a key collects from, these errors add up like the square root of their number.
+    """
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    score = scale * q.detach().double().norm(dim=-1).max() * k.detach().double().norm(dim=-1).max()
+    queries = q.shape[1] * q.shape[2] // k.shape[2]
+    return float(score * dout.detach().double().abs().max() * queries**0.5)

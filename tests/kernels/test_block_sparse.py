@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracle import assert_close_to_reference, gradient_terms, plain_attention
+from oracle import assert_close_to_reference, gradient_terms, plain_attention, weighted_terms
 
 from mmeff.kernels import BlockLayout, Bounds, block_sparse_attention, explain, merge_attention
 from mmeff.kernels.block_sparse import gather
@@ -66,8 +66,9 @@ def check_against_oracle(q, k, v, mask, layout, backend, with_lse):
     reference = results(plain, q.double(), k.double(), v.double(), with_lse)
     for name in reference:
         terms = gradient_terms(q, k, v, cotangent(q)) if name in ("dq", "dk") else 0.0
+        weighted = weighted_terms(q, k, cotangent(q)) if name in ("dk", "dv") else 0.0
         assert_close_to_reference(
-            actual[name], same_dtype[name], reference[name], name=f"{backend} {name}", terms=terms
+            actual[name], same_dtype[name], reference[name], name=f"{backend} {name}", terms=terms, weighted=weighted
         )
 
 
