@@ -32,6 +32,7 @@ class Recorder:
         self.steps: dict[int, Counter[str]] = defaultdict(Counter)
         self.densities: dict[int, list[float]] = defaultdict(list)
         self.fallbacks: Counter[str] = Counter()
+        self.remarks: dict[str, None] = {}  # in order, each once
         self.backends: Counter[str] = Counter()
         self.forwards = 0
         self.kept: dict[int, Any] = {}
@@ -58,6 +59,10 @@ class Recorder:
             self.densities[layer].append(density)
         if backend is not None:
             self.backends[backend] += 1
+
+    def remark(self, text: str) -> None:
+        """Something worth knowing about what ran, said once."""
+        self.remarks[text] = None
 
     def fallback(self, reason: str) -> None:
         """The model ran dense where the method was meant to act."""
@@ -113,7 +118,7 @@ class Report:
     (a tiny or random one); `calls` totals by kind; `layers` per-layer calls and mean density; `steps` per-step calls;
     `kept[layer]` the original visual positions (B, K) of the last prompt that survive from that layer on, counted within the
     row's visual tokens, -1 where a row kept fewer than K;
-    `tokens` counts; `seconds` and `spans` per phase; `fallbacks` reasons with counts; `environment` versions and hardware.
+    `tokens` counts; `seconds` and `spans` per phase; `fallbacks` reasons with counts; `remarks` what else is worth knowing; `environment` versions and hardware.
     """
 
     method: dict[str, Any]
@@ -130,6 +135,7 @@ class Report:
     spans: dict[str, int] = field(default_factory=dict)
     backends: dict[str, int] = field(default_factory=dict)
     fallbacks: dict[str, int] = field(default_factory=dict)
+    remarks: tuple[str, ...] = ()
     environment: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -140,6 +146,7 @@ class Report:
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types; `kept` as nested lists."""
         plain = {name: copy.deepcopy(getattr(self, name)) for name in self.__dataclass_fields__ if name != "kept"}
+        plain["remarks"] = list(self.remarks)
         plain["kept"] = {str(k): v.tolist() for k, v in self.kept.items()}
         plain["layers"] = {str(k): v for k, v in self.layers.items()}
         plain["steps"] = {str(k): v for k, v in self.steps.items()}
@@ -164,6 +171,7 @@ class Report:
             lines.append("  backends: " + ", ".join(f"{k} x{v}" for k, v in self.backends.items()))
         for name, seconds in self.seconds.items():
             lines.append(f"  {name}: {seconds:.3f} s in {self.spans.get(name, 0)} calls")
+        lines += [f"  remark: {text}" for text in self.remarks]
         for reason, count in self.fallbacks.items():
             lines.append(f"  fell back to dense x{count}: {reason}")
         return "\n".join(lines)
@@ -194,6 +202,7 @@ def make_report(recorder: Recorder, *, method: dict[str, Any], model: str, host:
         spans=recorder.spans(),
         backends=dict(recorder.backends),
         fallbacks=dict(recorder.fallbacks),
+        remarks=tuple(recorder.remarks),
         environment=environment(),
     )
 

@@ -261,3 +261,16 @@ def test_a_first_block_cache_beside_it_is_counted_as_what_ran():
         pipe.transformer.disable_cache()
     assert handle.report().calls["sparse"] == 2 * (LAYERS + 1 + 1)
     assert torch.equal(generate(pipe), generate(make_pipe()))
+
+
+def test_a_report_says_that_there_was_no_compiler(monkeypatch):
+    pipe = make_pipe()
+    monkeypatch.setenv("MMEFF_NATIVE", "0")
+    with mmeff.accelerate(pipe, SPARSE) as handle:
+        generate(pipe, steps=1)
+    (remark,) = handle.report().remarks
+    assert remark.startswith("no native kernels") and "MMEFF_NATIVE=0" in remark and remark in str(handle.report())
+    monkeypatch.delenv("MMEFF_NATIVE")
+    with mmeff.accelerate(pipe, SPARSE, backend="native") as handle:
+        generate(pipe, steps=1)
+    assert handle.report().remarks == () and set(handle.report().backends) == {"native"}

@@ -23,6 +23,7 @@ from mmeff.diffusion_attn._base import Grid, SparseAttention, timed_by
 from mmeff.diffusion_attn._ordered import KernelLayout
 from mmeff.handle import Handle
 from mmeff.kernels import record
+from mmeff.kernels.block_sparse import native
 from mmeff.report import DENSE, FULL, SPARSE
 
 MAX_GRIDS = 4  # sizes whose layouts a handle keeps; a server that sees more rebuilds the oldest in milliseconds
@@ -190,6 +191,8 @@ class Session:
         density = kept.density if kept is not None else kernel.density if kernel is not None else None
         backend = kernel.backend if kernel is not None else None
         recorder.call(layer, FULL if density == 1.0 else SPARSE, step=now.step, density=density, backend=backend)
+        if q.device.type == "cpu" and backend in ("gather", "sdpa") and (reason := native.unavailable()) is not None:
+            recorder.remark(f"no native kernels, so attention ran slower than it could: {reason}")
         return out
 
     # ---------------------------------------------------------------- layouts

@@ -263,6 +263,11 @@ def _huge(size: int) -> Tensor:
     return torch.frombuffer(pages, dtype=torch.uint8)
 
 
+def unavailable() -> str | None:
+    """Return why there are no native kernels on this machine, or None. Compiles them if nobody did yet."""
+    return _build().reason
+
+
 def _build() -> Build:
     return build(HERE / "native.c", HERE / "native_simd.h")
 
