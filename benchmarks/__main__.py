@@ -1,4 +1,5 @@
-"""The command line of the benchmarks: `python -m benchmarks kernels | roofline | plot | table`, from the root of a checkout.
+"""The command line of the benchmarks, from the root of a checkout: `python -m benchmarks kernels | roofline | plot | table`
+and `video` for speed, `quality | quality-table` for what sparse attention costs.
 
 Exit codes: 0 fine, 1 an error that a message explains, 2 wrong usage, 5 a red gate: a backend is wrong, so nothing is timed.
 """
@@ -20,9 +21,14 @@ from rich.table import Table
 
 if TYPE_CHECKING:
     from .results import Row
+    from .video import File as VideoFile
 
 RED_GATE = 5
 COLUMNS = ("case", "backend", "peer", "ours (ms)", "peer (ms)", "speedup, p20 to p80")
+FORWARD_COLUMNS = (
+    "method", "forward s", "gain", "plan", "attn s", "gain", "plan", "density", "bar", "overhead",
+)  # fmt: skip
+FIT_COLUMNS = ("method", "frames", "exponent", "of its blocks", "time per block, spread", "layout, share")
 # A whole call then fits into ten minutes, with the start of Python and the compilation of kernels.
 CUDA_SECONDS = 500.0
 
@@ -137,6 +143,120 @@ def roofline(
 
 
 @app.command()
+def video(
+    part: Annotated[str, typer.Option(help="forward (end to end), scaling (attention alone), or both.")] = "both",
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", help="JSONL file to append to.  [default: benchmarks/results/video.jsonl]"),
+    ] = None,
+    images: Annotated[Path | None, typer.Option(help="Folder of the figure.  [default: beside the file]")] = None,
+    method: Annotated[list[str] | None, typer.Option(help="Only this one end to end. May be repeated.")] = None,
+    layers: Annotated[int, typer.Option(help="Layers of the transformer.")] = 4,
+    heads: Annotated[int, typer.Option(help="Heads of 64 channels of the transformer.")] = 24,
+    grid: Annotated[str, typer.Option(help="Tokens of the video end to end: frames x rows x columns.")] = "16x30x52",
+    rounds: Annotated[int, typer.Option(help="Forwards of each method.")] = 2,
+    dense_rounds: Annotated[int, typer.Option(help="Forwards of the stock transformer.")] = 1,
+    frames: Annotated[str, typer.Option(help="Frames of 30 x 52 tokens for scaling.")] = "8,16,32,64",
+    scaling_rounds: Annotated[int, typer.Option(help="Calls of each side at every number of frames.")] = 3,
+    threads: Annotated[int | None, typer.Option(help="CPU threads.  [default: as PyTorch chooses]")] = None,
+    seconds: Annotated[float | None, typer.Option(help="Time for the whole run; the same command continues.")] = None,
+    commit: Annotated[str | None, typer.Option(help="Commit to write into the rows, where git cannot tell.")] = None,
+) -> None:
+    """Time a video transformer with random weights under every sparse attention, and attention alone as videos get longer.
+
+    What the file already holds is not measured again, so that the same command continues a run that was stopped, and prints
+    the tables of one that is complete.
+    """
+    if part not in ("forward", "scaling", "both"):
+        raise ValueError(f"--part must be forward, scaling or both, got {part!r}")
+    for name, value in (("--rounds", rounds), ("--dense-rounds", dense_rounds), ("--scaling-rounds", scaling_rounds)):
+        _positive(name, value)
+    _positive("--threads", threads)
+    _positive("--seconds", seconds)
+    lengths, (F, H, W) = _numbers("--frames", frames, ","), _numbers("--grid", grid, "x", 3)
+
+    import torch
+
+    from . import plots, results
+    from . import video as bench
+
+    unknown = sorted(set(method or ()) - set(bench.FORWARD))
+    if unknown:
+        raise ValueError(f"--method must be one of {', '.join(bench.FORWARD)}, got {', '.join(unknown)}")
+    if threads is not None:
+        torch.set_num_threads(threads)
+    path = out or results.FOLDER / "video.jsonl"
+    file = bench.File(path, results.Machine.here(torch.device("cpu"), commit))
+    err_console.print(f"{file.machine.hardware}; results: {path}", soft_wrap=True)
+    budget, left = bench.Budget(seconds), 0
+    with _progress() as tick:
+        if part != "scaling":
+            sizes = bench.Sizes(layers=layers, heads=heads, grid=(F, H, W))
+            left += bench.forward(
+                file, sizes, method or list(bench.FORWARD), rounds=rounds, dense_rounds=dense_rounds, budget=budget,
+                tick=tick,
+            )  # fmt: skip
+        if part != "forward":
+            left += bench.scaling(file, lengths, rounds=scaling_rounds, budget=budget, tick=tick)
+    _print_video(file)
+    if part != "forward" and file.latest("fit"):
+        print(plots.scaling(file.latest("scaling"), file.latest("fit"), (images or path.parent) / "video-scaling.png"))
+    if left:
+        print(f"forwards and lengths that the time did not reach: {left}; the same command continues")
+
+
+def _print_video(file: VideoFile) -> None:
+    """A table per size: the forwards with their bars, then the fits. An exclamation mark says that a bar is missed."""
+
+    def print_table(title: str, columns: tuple[str, ...], rows: list[list[str]]) -> None:
+        table = Table(*columns, title=escape(title), title_justify="left", title_style="bold", box=None, pad_edge=False)
+        for row in rows:
+            table.add_row(*map(escape, row))
+        out_console.print(table)
+        print()
+
+    def factor(value: float | None) -> str:
+        return "" if value is None else f"{value:.2f}"
+
+    def judged(text: str, good: bool) -> str:
+        return text if good else f"{text} !"
+
+    of_size: dict[str, list[list[str]]] = {}
+    for line in file.latest("summary"):
+        x, s = line.figures, line.sizes
+        title = f"{s['layers']} layers, {s['heads']} heads x {s['head_dim']}, grid {' x '.join(map(str, s['grid']))}"
+        forward = [f"{x['seconds']:.3g}", f"{x['forward_speedup']:.2f}", factor(x["predicted_forward"])]
+        attention = [f"{x['attention_seconds']:.3g}", f"{x['attention_speedup']:.2f}", factor(x["predicted_attention"])]
+        cells = [line.method, *forward, *attention, f"{x['density']:.3f}"]
+        if "bar" in x:
+            cells += [
+                judged(f"{x['bar']:.2f}", x["reaches_bar"]),
+                judged(f"{x['overhead']:.1%}", x["overhead_within"]),
+            ]
+        of_size.setdefault(title, []).append(cells)
+    for title, rows in of_size.items():
+        print_table(title, FORWARD_COLUMNS, rows)
+    rows = []
+    for line in file.latest("fit"):
+        x = line.figures
+        cells = [line.method, ", ".join(map(str, x["lengths"])), f"{x['exponent']:.2f}"]
+        if "blocks_exponent" in x:
+            cells += [f"{x['blocks_exponent']:.2f}", judged(f"{x['spread_per_block']:.1%}", x.get("in_proportion", True)),
+                      judged(f"{x['layout_share']:.2%}", x.get("layout_within", True))]  # fmt: skip
+        rows.append(cells)
+    if rows:
+        print_table("attention as the video gets longer", FIT_COLUMNS, rows)
+
+
+def _numbers(name: str, text: str, separator: str, count: int | None = None) -> list[int]:
+    parts = text.split(separator)
+    if not all(part.strip().isdigit() and int(part) > 0 for part in parts) or count not in (None, len(parts)):
+        wanted = f"{count} positive numbers" if count else "positive numbers"
+        raise ValueError(f"{name} must be {wanted} with {separator!r} between them, got {text!r}")
+    return [int(part) for part in parts]
+
+
+@app.command()
 def plot(
     file: Annotated[Path, typer.Argument(help="A results file.")],
     out: Annotated[
@@ -165,6 +285,78 @@ def table(
     print(f"| {' | '.join(COLUMNS)} |\n|{' --- |' * len(COLUMNS)}")
     for row in rows:
         print(f"| {' | '.join(_cells(row))} |")
+
+
+@app.command()
+def quality(
+    prompts: Annotated[int, typer.Option(help="Prompts per variant.")] = 256,
+    only: Annotated[
+        list[str] | None, typer.Option(help="Only variants whose name holds this text. May be repeated.")
+    ] = None,
+    seconds: Annotated[float | None, typer.Option(help="Begin nothing after this time.  [default: no end]")] = None,
+    shard: Annotated[str, typer.Option(help="i/n: the i-th of n processes that share the work.")] = "1/1",
+    threads: Annotated[int, typer.Option(help="CPU threads of this process.")] = 1,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", help="JSONL file to append to.  [default: benchmarks/results/quality.jsonl]"),
+    ] = None,
+    cache: Annotated[Path | None, typer.Option(help="Folder of the dense clips.  [default: runs/quality]")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the variants and stop.")] = False,
+) -> None:
+    """Generate clips with every sparse attention on the tiny video model, and score them against dense.
+
+    Batches of a variant whose rows are in the file are skipped, so that the same command continues.
+    """
+    _positive("--seconds", seconds)
+    _positive("--threads", threads)
+    import torch
+
+    from . import quality as judged
+
+    which = judged.chosen(tuple(only or ()))
+    if dry_run:
+        for variant in which:
+            print(f"{variant.name} | {variant.method if variant.method is not None else 'dense'}")
+        return
+    part, slash, parts = shard.partition("/")
+    if not (slash and part.isdigit() and parts.isdigit()):
+        raise ValueError(f"--shard must be i/n, such as 1/2, got {shard!r}")
+    torch.set_num_threads(threads)
+    options = judged.Options(
+        prompts=prompts, only=tuple(only or ()), seconds=seconds, shard=(int(part), int(parts)),
+        out=out or judged.ROWS, cache=cache or judged.CACHE,
+    )  # fmt: skip
+    with _progress() as tick:
+        outcome = judged.run(options, tick)
+    for name, value in outcome.seconds.items():
+        print(f"{value:7.2f} s of processor time per prompt  {name}")
+    print(f"batches done: {outcome.done}, before: {outcome.done_before}, left: {outcome.left}; rows: {options.out}")
+
+
+@app.command()
+def quality_table(
+    file: Annotated[Path | None, typer.Argument(help="The rows.  [default: benchmarks/results/quality.jsonl]")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Summary file.  [default: FILE with -summary in its name]")
+    ] = None,
+    figures: Annotated[Path | None, typer.Option(help="Folder of the figure.  [default: beside the file]")] = None,
+) -> None:
+    """Summarise the rows of `quality`: write a row per variant, print the tables for documentation, and draw the figure."""
+    import torch
+
+    from . import plots, results
+    from . import quality as judged
+
+    file = file or judged.ROWS
+    if not file.exists():
+        raise FileNotFoundError(f"no rows at {file}; `python -m benchmarks quality --out {file}` writes them")
+    summaries = judged.summarise(file, results.Machine.here(torch.device("cpu")))
+    summary = out or file.with_name(f"{file.stem}-summary.jsonl")
+    judged.write_summary(summaries, summary)
+    print(judged.markdown(summaries))
+    figure = (figures or file.parent) / f"{file.stem}.png"
+    plots.quality(summaries, figure)
+    err_console.print(f"{summary}\n{figure}", soft_wrap=True)
 
 
 def _cells(row: Row) -> list[str]:

@@ -1,11 +1,14 @@
-"""Figures of a results file: speedup against sparsity, a panel per dtype and block size, and one figure of all the rest.
+"""Figures of a results file: speedup against sparsity, a panel per dtype and block size, and one figure of all the rest;
+one of quality against density, and one of time against the length of a video.
 
-Every point is a median of paired ratios, with a bar from the 20th to the 80th percentile. Losses are drawn like gains.
+A point of speed is a median of paired ratios, with a bar from the 20th to the 80th percentile. Losses are drawn like gains.
+A point of quality is a mean over prompts, with its standard error.
 """
 
 from __future__ import annotations
 
 import re
+import statistics
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +21,9 @@ from .results import Row, latest
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+    from .quality import Summary
+    from .video import Line
 
 # Backends keep their colour and marker in every figure. "auto" is drawn wide and pale: it lies on top of another.
 LOOKS = {
@@ -180,6 +186,120 @@ def _operators(rows: list[Row], path: Path) -> None:
         figure.savefig(path, dpi=DPI)
 
 
+# ---------------------------------------------------------------- quality against density
+
+
+_PANELS = (
+    ("all", "everything right", "share of the clips, by the detector"),
+    ("shape", "right shape", "share of the clips, by the detector"),
+    ("drift", "background drift", "shift of the flat colour, of 1"),
+    ("corrected", "background-corrected PSNR", "dB, to dense with the same noise"),
+    ("psnr", "PSNR", "dB, to dense with the same noise"),
+    ("ssim", "SSIM", "to dense with the same noise"),
+)
+
+
+def quality(summaries: list[Summary], path: Path) -> None:
+    """Draw every figure against density: a line per method, dashed and hollow where it is rectified.
+
+    Raises: ValueError without a variant that has a density.
+    """
+    sparse = [s for s in summaries if s.density is not None]
+    if not sparse:
+        raise ValueError("quality: no sparse variant was measured; run `python -m benchmarks quality` without --only")
+    families = list(dict.fromkeys(s.family for s in sparse))
+    with _figure(12.0, 8.2) as figure:
+        for ax, (name, title, unit) in zip(figure.subplots(2, 3).flatten().tolist(), _PANELS, strict=True):
+            for s in summaries:
+                if s.density is None:
+                    _level(ax, s, name)
+            for i, family in enumerate(families):
+                for rectified in (False, True):
+                    line = [s for s in sparse if s.family == family and (s.twin is not None) == rectified]
+                    _line(ax, line, name, f"{family}, rectified" if rectified else family, i)
+            _title(ax, title, unit)
+            ax.set_xlabel("density where the method acts")
+            ax.grid(axis="y", color=RULE, linewidth=0.8)
+        found = [ax.get_legend_handles_labels() for ax in figure.axes]
+        seen = {label: handle for handles, labels in found for handle, label in zip(handles, labels, strict=True)}
+        figure.legend(list(seen.values()), list(seen), loc="outside lower left", ncols=6, fontsize=9)
+        prompts = sorted({s.prompts for s in summaries})
+        count = f"{prompts[0]}" if len(prompts) == 1 else f"{prompts[0]} to {prompts[-1]}"
+        subtitle = (
+            f"{count} prompts per point, bars are standard errors. A tiny model: it ranks no method for a real one."
+        )
+        _heading(figure, "Quality against density on the tiny video model", subtitle)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=DPI)
+
+
+def _level(ax: Axes, summary: Summary, name: str) -> None:
+    """Dense, and its floor from other noise: a horizontal line with its standard error as a band."""
+    value = summary.figures[name]
+    if value is None:
+        return
+    dashes: Any = "-" if summary.variant == "dense" else (0, (2, 2))
+    ax.axhline(value[0], color=INK, linewidth=1.1, linestyle=dashes, label=summary.variant, zorder=1)
+    ax.axhspan(value[0] - value[1], value[0] + value[1], color=INK, alpha=0.08, linewidth=0, zorder=0)
+
+
+def _line(ax: Axes, summaries: list[Summary], name: str, label: str, i: int) -> None:
+    points = sorted((s.density, *value) for s in summaries if s.density is not None and (value := s.figures[name]))
+    if not points:
+        return
+    x, y, errors = zip(*points, strict=True)
+    hollow = label.endswith("rectified")
+    ax.errorbar(
+        x, y, errors, label=label, color=COLOURS[i % len(COLOURS)], marker=MARKERS[i % len(MARKERS)], markersize=5.5,
+        linewidth=1.5, linestyle="--" if hollow else "-", markerfacecolor=PAPER if hollow else None, elinewidth=1, capsize=2.5,
+        zorder=3,
+    )  # fmt: skip
+
+
+# ---------------------------------------------------------------- time against the length of a video
+
+
+def scaling(lines: list[Line], fits: list[Line], path: Path) -> Path:
+    """Draw the time of attention against the tokens, and Radial's against the blocks it computes; return `path`.
+
+    Args: lines and fits: those of the kinds "scaling" and "fit" that `video` wrote, on one machine at one size of frame.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    exponents = {fit.method: fit.figures["exponent"] for fit in fits}
+    blocks: list[int] = []
+    with _figure(10.5, 4.7) as figure:
+        left, right = figure.subplots(1, 2)
+        for i, (name, exponent) in enumerate(exponents.items()):
+            points = sorted((x.figures["tokens"], x.figures) for x in lines if x.method == name)
+            style: dict[str, Any] = {"color": COLOURS[i], "marker": MARKERS[i], "markersize": 6, "linewidth": 1.6}
+            tokens, seconds = [n for n, _ in points], [statistics.median(x["seconds"]) for _, x in points]
+            left.plot(tokens, seconds, label=f"{name}, exponent {exponent:.2f}", **style)
+            if name == "radial":
+                blocks = [x["blocks"] for _, x in points]
+                middle = statistics.median(s / b for s, b in zip(seconds, blocks, strict=True))
+                right.plot(blocks, [b * middle for b in blocks], "--", color=MUTED, label="in proportion to the blocks")
+                right.plot(blocks, seconds, label=name, **style)
+        for ax, what in ((left, "tokens of the video"), (right, "blocks that Radial computes, of both heads")):
+            ax.set_xscale("log")
+            ax.set_yscale("log")
+            ax.set_xlabel(what)
+            ax.set_ylabel("seconds per call")
+            ax.grid(color=RULE, linewidth=0.8)
+            ax.legend(fontsize=9)
+            ax.yaxis.set_major_formatter("{x:g}")
+            ax.xaxis.set_minor_formatter("")
+        lengths = {x.figures["tokens"]: x.figures["frames"] for x in lines}
+        left.set_xticks(list(lengths), [f"{n:,}\n{F} frames" for n, F in lengths.items()])
+        right.set_xticks(blocks, [f"{b:,}" for b in blocks])
+        (H, W), heads, dim = lines[0].sizes["frame"], lines[0].sizes["heads"], lines[0].sizes["head_dim"]
+        _head(
+            figure, f"Attention of a video of {H} x {W} tokens per frame, {heads} heads x {dim}, float32", lines[0],
+            how="medians over the rounds",
+        )  # fmt: skip
+        figure.savefig(path, dpi=DPI)
+    return path
+
+
 # ---------------------------------------------------------------- style
 
 
@@ -188,12 +308,17 @@ def _peer(row: Row) -> str:
     return names.get(row.peer, f"{row.peer} at the same layout")
 
 
-def _head(figure: Figure, title: str, row: Row) -> None:
+def _head(
+    figure: Figure, title: str, row: Row | Line, how: str = "medians, bars from the 20th to the 80th percentile"
+) -> None:
     versions = ", ".join(
         f"{name} {row.environment[name]}" for name in ("torch", "triton", "mmeff") if name in row.environment
     )
+    _heading(figure, title, f"{row.hardware}; {versions}; {how}")
+
+
+def _heading(figure: Figure, title: str, subtitle: str) -> None:
     height = figure.get_figheight()
-    subtitle = f"{row.hardware}; {versions}; medians, bars from the 20th to the 80th percentile"
     figure.text(
         0.12 / figure.get_figwidth(), 1 - 0.1 / height, title, fontsize=12.5, fontweight="bold", color=INK, va="top"
     )

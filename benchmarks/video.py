@@ -29,9 +29,13 @@ import torch
 from torch import Tensor
 
 import mmeff
-from mmeff.diffusion_attn import GNA, Radial, RectifiedSpaAttn, SlidingTile, VMoBA
 from mmeff.diffusion_attn._base import Grid, SparseAttention
 from mmeff.diffusion_attn._ordered import OrderedLayout
+from mmeff.diffusion_attn.gna import GNA
+from mmeff.diffusion_attn.radial import Radial
+from mmeff.diffusion_attn.rectified import RectifiedSpaAttn
+from mmeff.diffusion_attn.sliding_tile import SlidingTile
+from mmeff.diffusion_attn.vmoba import VMoBA
 from mmeff.kernels import record
 from mmeff.kernels.neighborhood.layout import window_layout
 
@@ -46,8 +50,9 @@ LAYOUT_BUILDS = 3
 PROCESS = datetime.now(UTC).isoformat(timespec="seconds")  # which forwards shared a process
 
 Tick = Callable[[str, int, int], None]
+Measured = tuple[str, dict[str, Any], dict[str, Any]]  # preset, config, figures
 
-_EVERY = {"dense_steps": 0, "dense_layers": 0}  # a single forward, in which every layer is sparse
+_EVERY: dict[str, Any] = {"dense_steps": 0, "dense_layers": 0}  # a single forward, in which every layer is sparse
 # name: (what it is, how it is made)
 FORWARD: dict[str, tuple[str, Callable[[], SparseAttention]]] = {
     "radial": ("for_model wan2.1-14b", lambda: Radial.for_model("wan2.1-14b", **_EVERY)),
@@ -60,8 +65,8 @@ FORWARD: dict[str, tuple[str, Callable[[], SparseAttention]]] = {
 SCALING: dict[str, tuple[str, Callable[[], SparseAttention]]] = {
     "radial": FORWARD["radial"],
     "gna": (
-        "window 6 x 12 x 24, stride 1 x 4 x 8",
-        lambda: GNA(window=(6, 12, 24), stride=(1, 4, 8), **_EVERY),
+        "window 6 x 16 x 24, stride and tile 2 x 8 x 8",
+        lambda: GNA(window=(6, 16, 24), stride=(2, 8, 8), tile=(2, 8, 8), **_EVERY),
     ),
 }
 
@@ -114,9 +119,6 @@ class Line:
     commit: str | None = None
     date: str = ""
 
-    def same_place(self, hardware: str, sizes: dict[str, Any]) -> bool:
-        return self.hardware == hardware and self.sizes == sizes
-
 
 class File:
     """The lines of a results file, and new ones appended as soon as they are known."""
@@ -138,12 +140,18 @@ class File:
         self.lines.append(line)
         return line
 
+    def latest(self, kind: str) -> list[Line]:
+        """The last line of a kind for every method, size and number of frames on this machine."""
+        of = [x for x in self.lines if x.kind == kind and x.hardware == self.machine.hardware]
+        return list({(x.method, json.dumps(x.sizes), str(x.figures.get("frames"))): x for x in of}.values())
+
+    def at(self, sizes: dict[str, Any]) -> list[Line]:
+        """All lines at these sizes on this machine."""
+        return [x for x in self.lines if x.hardware == self.machine.hardware and x.sizes == sizes]
+
     def of(self, kind: str, sizes: dict[str, Any]) -> list[Line]:
         """Measured lines of a kind at these sizes on this machine."""
-        return [
-            x for x in self.lines
-            if x.kind == kind and x.status == "measured" and x.same_place(self.machine.hardware, sizes)
-        ]  # fmt: skip
+        return [x for x in self.at(sizes) if x.kind == kind and x.status == "measured"]
 
 
 def read(path: Path) -> list[Line]:
@@ -183,6 +191,7 @@ def forward(
     """
     sizes.check()
     here = _plain(asdict(sizes))
+    methods = [name for name in methods if _serves(file, name, sizes, here)]
     done = {(x.method, x.figures["round"]): x.figures["seconds"] for x in file.of("forward", here)}
     todo: list[tuple[str, int]] = []
     for r in range(max(rounds, dense_rounds)):
@@ -193,33 +202,44 @@ def forward(
         return 0
     tick("random weights", 0, len(todo))
     bench = _Transformer(sizes)
-    known = {name: seconds for (name, _), seconds in done.items()}
-    left, refused, added = 0, set(), False
+    known, left = {name: seconds for (name, _), seconds in done.items()}, 0
     for i, (name, r) in enumerate(todo):
-        if (name, r) in done or name in refused:
+        if (name, r) in done:
             continue
         if not budget.allows(known.get(name, known.get(DENSE, 0.0))):
             left += 1
             continue
         tick(f"forward, {name}, round {r + 1}", i, len(todo))
-        preset, make = FORWARD[name] if name != DENSE else ("stock diffusers", None)
-        method = None if make is None else make()
-        config = {} if method is None else method.to_dict()
-        try:
-            figures = bench.run(name, method)
-        except ValueError as error:
-            refused.add(name)
-            file.add(kind="forward", status="skipped", reason=str(error), method=name, preset=preset, config=config,
-                     sizes=here, figures={"round": r})  # fmt: skip
-            continue
+        preset, method = _setting(name)
+        figures = bench.run(name, method)
         known[name] = figures["seconds"]
-        added = True
-        file.add(kind="forward", method=name, preset=preset, config=config, sizes=here,
+        file.add(kind="forward", method=name, preset=preset, config={} if method is None else method.to_dict(), sizes=here,
                  figures={"round": r, "process": PROCESS, **figures})  # fmt: skip
-    if added:
+    if left < len(open_):
         for fields in summaries(file.of("forward", here)):
             file.add(kind="summary", sizes=here, **fields)
     return left
+
+
+def _setting(name: str) -> tuple[str, SparseAttention | None]:
+    if name == DENSE:
+        return "stock diffusers", None
+    preset, make = FORWARD[name]
+    return preset, make()
+
+
+def _serves(file: File, name: str, sizes: Sizes, here: dict[str, Any]) -> bool:
+    """Whether a method can serve the grid; where not, a skipped line says why, once."""
+    preset, method = _setting(name)
+    assert method is not None
+    try:
+        method.check_grid(sizes.grid)
+    except ValueError as error:
+        if name not in [x.method for x in file.at(here) if x.status == "skipped"]:
+            file.add(kind="forward", status="skipped", reason=str(error), method=name, preset=preset,
+                     config=method.to_dict(), sizes=here)  # fmt: skip
+        return False
+    return True
 
 
 class _Transformer:
@@ -238,15 +258,14 @@ class _Transformer:
             F, H, W = sizes.grid
             patch = self.stock.config.patch_size
             shape = (1, self.stock.config.in_channels, F * patch[0], H * patch[1], W * patch[2])
+            text = torch.randn(1, sizes.text, self.stock.config.text_dim)
             self.inputs = {
-                "hidden_states": torch.randn(shape),
-                "timestep": torch.tensor([500]),
-                "encoder_hidden_states": torch.randn(1, sizes.text, self.stock.config.text_dim),
-            }
+                "hidden_states": torch.randn(shape), "timestep": torch.tensor([500]), "encoder_hidden_states": text,
+            }  # fmt: skip
         self._ready: dict[str, tuple[Any, Any, dict[str, float | None]]] = {}
 
     def run(self, name: str, method: SparseAttention | None) -> dict[str, Any]:
-        """The figures of one forward. Raises ValueError where the method cannot serve the grid."""
+        """The figures of one forward. Raises RuntimeError if a layer fell back to dense attention."""
         if name not in self._ready:
             self._ready[name] = (self.stock, None, {}) if method is None else self._accelerated(method)
         model, handle, predicted = self._ready[name]
@@ -271,17 +290,19 @@ class _Transformer:
 
     def _accelerated(self, method: SparseAttention) -> tuple[Any, Any, dict[str, float | None]]:
         sizes, (F, H, W) = self.sizes, self.sizes.grid
-        method.check_grid(sizes.grid)
         shared = {id(x): x for x in (*self.stock.parameters(), *self.stock.buffers())}
         model = copy.deepcopy(self.stock, shared)
         plan = mmeff.plan(
             model, method, height=16 * H, width=16 * W, num_frames=4 * F - 3, num_inference_steps=1,
             text_tokens=sizes.text,
         )  # fmt: skip
-        attention = None if method.dynamic else method.kernel_layout(grid=sizes.grid).predicted_speedup()
+        shares = [1 / method.expect(grid=sizes.grid, layer=i).speedup for i in range(sizes.layers)]
         with torch.no_grad():
             method.attend(*_random(sizes.tokens, 1, sizes.head_dim), grid=sizes.grid)
-        predicted = {"predicted_attention": attention, "predicted_forward": plan.predicted_speedup}
+        predicted = {
+            "predicted_attention": statistics.harmonic_mean([1 / x for x in shares]),
+            "predicted_forward": plan.predicted_speedup,
+        }
         return model, mmeff.accelerate(model, method), predicted
 
 
@@ -309,11 +330,13 @@ def _attention_clock(tokens: int) -> Iterator[list[float]]:
     def attend(session: Session, *args: Any, **kwargs: Any) -> Any:
         return timed(sparse, session, *args, **kwargs)
 
-    transformer_wan.dispatch_attention_fn, Session.attend = dense, attend  # type: ignore[method-assign]
+    transformer_wan.dispatch_attention_fn = dense
+    Session.attend = attend  # type: ignore[method-assign,assignment]
     try:
         yield seconds
     finally:
-        transformer_wan.dispatch_attention_fn, Session.attend = stock, sparse  # type: ignore[method-assign]
+        transformer_wan.dispatch_attention_fn = stock
+        Session.attend = sparse  # type: ignore[method-assign]
 
 
 def summaries(lines: list[Line]) -> list[dict[str, Any]]:
@@ -331,19 +354,18 @@ def summaries(lines: list[Line]) -> list[dict[str, Any]]:
             span: statistics.median(x["spans"].get(span, 0.0) for x in figures)
             for span in ("selection", "permute", "rectification", "layout")
         }
-        row = {
+        speedup = _median(dense, "attention_seconds") / attention
+        row: dict[str, Any] = {
             "rounds": len(figures), "dense_rounds": len(dense), "processes": len(processes), "seconds": seconds,
             "attention_seconds": attention, "spans": spans, "density": density,
-            "forward_speedup": _median(dense, "seconds") / seconds,
-            "attention_speedup": _median(dense, "attention_seconds") / attention,
+            "forward_speedup": _median(dense, "seconds") / seconds, "attention_speedup": speedup,
             "predicted_attention": figures[-1].get("predicted_attention"),
             "predicted_forward": figures[-1].get("predicted_forward"),
         }  # fmt: skip
         if name != DENSE:
-            row["bar"] = SHARE_OF_BOUND / density
-            row["reaches_bar"] = row["attention_speedup"] >= row["bar"]
-            row["overhead"] = (spans["selection"] + spans["permute"]) / attention
-            row["overhead_within"] = row["overhead"] <= MOST_OVERHEAD
+            bar, overhead = SHARE_OF_BOUND / density, (spans["selection"] + spans["permute"]) / attention
+            row |= {"bar": bar, "reaches_bar": speedup >= bar}
+            row |= {"overhead": overhead, "overhead_within": overhead <= MOST_OVERHEAD}
         found.append({"method": name, "preset": of[-1].preset, "config": of[-1].config, "figures": row})
     return found
 
@@ -384,18 +406,17 @@ def scaling(
     return left
 
 
-def _lengths(
-    grid: Grid, heads: int, head_dim: int, rounds: int
-) -> dict[str, tuple[str, dict[str, Any], dict[str, Any]]]:
-    """(preset, config, figures) of dense attention and of every method at one size, rounds in alternating order."""
+def _lengths(grid: Grid, heads: int, head_dim: int, rounds: int) -> dict[str, Measured]:
+    """Measure dense attention and of every method at one size, rounds in alternating order."""
     tokens = math.prod(grid)
     q, k, v = _random(tokens, heads, head_dim)
-    heads_first = [x.transpose(1, 2) for x in (q, k, v)]
-    runs: dict[str, Callable[[], Tensor]] = {
-        DENSE: lambda: torch.nn.functional.scaled_dot_product_attention(*heads_first)
-    }
-    common = {"frames": grid[0], "tokens": tokens}
-    found = {DENSE: ("scaled_dot_product_attention", {}, {**common, "density": 1.0})}
+
+    def dense() -> Tensor:
+        return torch.nn.functional.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+
+    runs: dict[str, Callable[[], Tensor]] = {DENSE: dense}
+    common: dict[str, Any] = {"frames": grid[0], "tokens": tokens}
+    found: dict[str, Measured] = {DENSE: ("scaled_dot_product_attention", {}, {**common, "density": 1.0})}
     with torch.no_grad():
         for name, (preset, make) in SCALING.items():
             method = make()
@@ -435,7 +456,7 @@ def fits(lines: list[Line]) -> list[dict[str, Any]]:
             continue
         figures = [of[F].figures for F in sorted(of)]
         seconds = [statistics.median(x["seconds"]) for x in figures]
-        row: dict[str, Any] = {"exponent": slope([x["tokens"] for x in figures], seconds), "frames": sorted(of)}
+        row: dict[str, Any] = {"exponent": slope([x["tokens"] for x in figures], seconds), "lengths": sorted(of)}
         if name in SCALING:
             per_block = [s / x["blocks"] for s, x in zip(seconds, figures, strict=True)]
             shares = [x["layout_seconds"] / s for s, x in zip(seconds, figures, strict=True)]

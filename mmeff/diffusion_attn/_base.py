@@ -6,6 +6,7 @@ dense layers) and runs the kernel. It knows no model; `hosts/` do.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -22,6 +23,15 @@ from mmeff.kernels import BlockLayout, block_sparse_attention
 from mmeff.report import Recorder
 
 Grid = tuple[int, int, int]  # (F, H, W): latent frames, rows and columns of tokens
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What a plan says of one layer: the fraction of pairs that attend, and the speedup of attention over dense."""
+
+    density: float
+    speedup: float
+
 
 _recorder: ContextVar[Recorder | None] = ContextVar("mmeff_diffusion_recorder", default=None)
 
@@ -173,8 +183,29 @@ class SparseAttention(MethodConfig, ABC):
         return self.layout(grid=grid, text_len=text_len, q=q, k=k, layer=layer)
 
     def layout_key(self, layer: int) -> Hashable:
-        """Layers with equal keys share one layout; by default all do. Only asked where not `dynamic`."""
+        """Layers with equal keys share one layout, or one expectation where the layout is dynamic; by default all do."""
         return None
+
+    def expect(self, *, grid: Grid, text_len: int = 0, layer: int = 0) -> Expected:
+        """What a plan may say of a layer before anything runs.
+
+        Args: as `layout`.
+        Returns: density and predicted attention speedup; of the layout, or, where that depends on the data, of the one
+            that random queries and keys of one head give. Trained ones are more peaked, and selected by mass they need less.
+        Raises: as `check_grid`.
+        """
+        if self.dynamic:
+            q, k = self._random_tokens(grid, text_len)
+            layout = self.kernel_layout(grid=grid, text_len=text_len, q=q, k=k, layer=layer)
+        else:
+            layout = self.kernel_layout(grid=grid, text_len=text_len, layer=layer)
+        return Expected(layout.density, 1.0 if layout.is_full else layout.predicted_speedup())
+
+    @staticmethod
+    def _random_tokens(grid: Grid, text_len: int) -> tuple[Tensor, Tensor]:
+        generator = torch.Generator().manual_seed(0)
+        q, k = torch.randn(2, 1, math.prod(grid) + text_len, 1, 64, generator=generator)
+        return q, k
 
     def attend(
         self,

@@ -15,7 +15,7 @@ Differs:
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, ClassVar, Literal, cast
@@ -25,12 +25,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmeff.config import option
-from mmeff.diffusion_attn._base import Grid, SparseAttention, timed
+from mmeff.diffusion_attn._base import Expected, Grid, SparseAttention, timed
 from mmeff.diffusion_attn._checks import require_finite
 from mmeff.diffusion_attn._ordered import KernelLayout
 from mmeff.errors import suggest
 from mmeff.kernels import BlockLayout, routed_attention
+from mmeff.kernels.calibration import sparse_ratio
 from mmeff.kernels.permute import padded_tiles
+from mmeff.kernels.routed.op import relative_cost
 from mmeff.kernels.selection import SCOPES, minmax_cumulative, pool, query_scores, top_k_with_self
 from mmeff.registry import register
 
@@ -219,6 +221,17 @@ class VMoBA(SparseAttention):
         part = _partition(grid, self.chunks[self.turn(layer)], q.device)
         video = math.prod(grid)
         return Routes(self._pick(q[:, :video], _in_chunks(k[:, :video], part), part, layer), part.chunk_of)
+
+    def layout_key(self, layer: int) -> Hashable:
+        return self.turn(layer)
+
+    def expect(self, *, grid: Grid, text_len: int = 0, layer: int = 0) -> Expected:
+        self.check_grid(grid, text_len)
+        q, k = self._random_tokens(grid, text_len)
+        routes = self.routes(grid=grid, q=q, k=k, text_len=text_len, layer=layer)
+        picks = int(routes.picked.sum()) / math.prod(routes.picked.shape[:3])
+        cost = relative_cost(routes.density, picks, math.prod(grid) + text_len, sparse_ratio("cpu"))
+        return Expected(routes.density, 1 / cost)
 
     @torch.no_grad()
     def _pick(self, q: Tensor, k: Tensor, part: Partition, layer: int) -> Tensor:

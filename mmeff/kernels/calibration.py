@@ -48,8 +48,8 @@ class Rates:
 # CPU: 2 cores of an AMD EPYC (AVX-512), 64-token blocks, D 64. CUDA: what specifications of comparable kernels report
 # for 64-token blocks (0.5), not measured by this project.
 _DEFAULTS: dict[tuple[str, str], Rates] = {
-    ("cpu", "forward"): Rates(9e10, {"native": 1.8, "gather": 0.65, "masked": 0.7}),
-    ("cpu", "backward"): Rates(9e10, {"native": 1.0, "gather": 0.6, "masked": 0.7}),
+    ("cpu", "forward"): Rates(7.5e10, {"native": 1.3, "gather": 0.65, "masked": 0.75}),
+    ("cpu", "backward"): Rates(7.5e10, {"native": 1.1, "gather": 0.5, "masked": 0.9}),
     ("cuda", "forward"): Rates(1e14, {"triton": 0.5, "gather": 0.15, "masked": 0.3}),
     ("cuda", "backward"): Rates(1e14, {"triton": 0.4, "gather": 0.1, "masked": 0.3}),
 }

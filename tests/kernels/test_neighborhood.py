@@ -312,23 +312,28 @@ def test_what_auto_chooses_and_records():
         "dense": {"window": 7, "dilation": 4},
         "partitioned": {"window": 7, "stride": 7},
         "tiles": {"window": 7},
-        "blocks": {"window": 7},
     }
     for name, arguments in cases.items():
-        if name == "blocks":
-            q, k, v, *_ = tensors((8, 30, 52), (5, 15, 15), B=1, D=64)
-            arguments = {"window": (5, 15, 15), "stride": (1, 5, 5)}
         table = explain_neighborhood(q, k, v, **arguments)
         assert table.chosen == name, table
         with record() as calls:
             neighborhood_attention(q, k, v, **arguments)
-        within = {"blocks": ["block_sparse_attention"]}.get(name, [])
-        assert [c.operator for c in calls] == ["neighborhood_attention", *within] and calls[0].backend == name
-        if name == "blocks":
-            break
+        assert [(c.operator, c.backend) for c in calls] == [("neighborhood_attention", name)]
         assert calls[0].density == pytest.approx(49 / 28**2)
-        text = str(table)
+    text = str(table)
     assert "grid 28x28, window 7x7" in text and "window 7 x dilation 1 is less than 28 tokens" in text
+
+
+def test_large_grids_run_on_the_block_sparse_kernels():
+    q, k, v, *_ = (
+        x if x is None else x.expand(1, 24, 45, 80, -1, 64) for x in tensors((1, 1, 1), (1, 1, 1), B=1, D=64)
+    )
+    assert explain_neighborhood(q, k, v, (6, 24, 24), stride=(1, 8, 8)).chosen == "blocks"
+    q, k, v, *_ = tensors((4, 6, 7), (3, 3, 3))
+    with record() as calls:
+        neighborhood_attention(q, k, v, 3, backend="blocks")
+    assert [c.operator for c in calls] == ["neighborhood_attention", "block_sparse_attention"]
+    assert "within neighborhood_attention" in calls[1].reason
 
 
 def test_a_backward_pass_is_not_a_call():

@@ -6,12 +6,14 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from mmeff.diffusion_attn._base import Grid, SparseAttention
+from mmeff.diffusion_attn._base import Expected, Grid, SparseAttention
 from mmeff.diffusion_attn._ordered import KernelLayout, OrderedLayout
 from mmeff.handle import describe_model
 from mmeff.kernels import BlockLayout, Bounds
+from mmeff.kernels.calibration import rates
 from mmeff.report import Plan
 
 
@@ -63,6 +65,7 @@ def make_plan(
     rows.append(("sparse layer calls", f"{sparse_steps * len(sparse_layers)} of {num_steps * num_layers}"))
 
     layouts: dict[int, KernelLayout] = {}
+    expected: dict[int, Expected] = {}
     try:
         method.check_grid(sizes.grid, sizes.text_len)
     except ValueError as error:
@@ -71,27 +74,35 @@ def make_plan(
         if not (sparse_steps and sparse_layers):
             reasons.append("the schedule leaves no layer and step to the method")
         elif method.dynamic:
-            rows.append(("density", "depends on the data, so no speedup is predicted"))
+            rows.append(
+                ("note", "the layout depends on the data; density and speed are those of random queries and keys")
+            )
+            expected = _expected(method, sizes, sparse_layers)
         else:
             layouts = _layouts(method, sizes, sparse_layers)
+            expected = {layer: Expected(layout.density, _factor(layout)) for layer, layout in layouts.items()}
 
     total = num_steps * (work.outside + num_layers * (work.layer + work.attention))
     share = num_steps * num_layers * work.attention / total
     rows.append(("self-attention's share", f"{share:.1%} of the multiply-adds of dense denoising"))
     density = speedup = None
     if layouts:
-        density = sum(layout.density for layout in layouts.values()) / len(layouts)
         blocks = sum(_blocks(layout).block_density for layout in layouts.values()) / len(layouts)
-        saved = sum(1 - 1 / _factor(layout) for layout in layouts.values()) * work.attention * sparse_steps
-        speedup = total / (total - saved)
-        factor = len(layouts) / sum(1 / _factor(layout) for layout in layouts.values())
         first = _blocks(next(iter(layouts.values())))
-        rows.append(("blocks", f"{first.q_block} x {first.kv_block} tokens, {first.nQ} x {first.nK} of them"))
-        rows.append(("density", f"{density:.4f} of the pairs, {blocks:.4f} of the blocks"))
+        rows.append(
+            ("blocks", f"{first.q_block} x {first.kv_block} tokens, {first.nQ} x {first.nK}; {blocks:.4f} visited")
+        )
         rows.append(("layout memory", f"{_bytes(layouts):,} bytes; an N x N mask would take {tokens**2:,}"))
+    if expected:
+        density = sum(e.density for e in expected.values()) / len(expected)
+        saved = sum(1 - 1 / e.speedup for e in expected.values()) * work.attention * sparse_steps
+        speedup = total / (total - saved)
+        factor = len(expected) / sum(1 / e.speedup for e in expected.values())
+        rows.append(("density", f"{density:.4f} of the pairs{_by_layer(expected)}"))
         rows.append(("predicted attention speedup", f"{factor:.2f}x where sparse"))
+        rows += _seconds(work.attention, factor)
         rows.append(("predicted denoising speedup", f"{speedup:.2f}x"))
-        if all(layout.is_full for layout in layouts.values()):
+        if layouts and all(layout.is_full for layout in layouts.values()):
             reasons.append("the layout attends to everything, so every call takes the model's own dense attention")
         elif factor < 1:
             rows.append(
@@ -132,6 +143,35 @@ def _layouts(method: SparseAttention, sizes: Dimensions, layers: list[int]) -> d
         if key not in by_key:
             by_key[key] = method.kernel_layout(grid=sizes.grid, text_len=sizes.text_len, layer=layer)
     return {layer: by_key[method.layout_key(layer)] for layer in layers}
+
+
+def _expected(method: SparseAttention, sizes: Dimensions, layers: list[int]) -> dict[int, Expected]:
+    """What to expect of every given layer of a dynamic method."""
+    by_key: dict[Any, Expected] = {}
+    for layer in layers:
+        key = method.layout_key(layer)
+        if key not in by_key:
+            by_key[key] = method.expect(grid=sizes.grid, text_len=sizes.text_len, layer=layer)
+    return {layer: by_key[method.layout_key(layer)] for layer in layers}
+
+
+def _by_layer(expected: dict[int, Expected]) -> str:
+    """The densities of the layers where they differ: ` (layers 0, 2: 0.1; 1: 0.2)`."""
+    layers: dict[str, list[int]] = {}
+    for layer, e in expected.items():
+        layers.setdefault(f"{e.density:.3f}", []).append(layer)
+    if len(layers) == 1:
+        return ""
+    return " (" + "; ".join(f"layers{_ranges(which)} {density}" for density, which in layers.items()) + ")"
+
+
+def _seconds(attention: float, factor: float) -> list[tuple[str, str]]:
+    """How long one layer's attention takes at batch 1, dense and sparse, where this machine was calibrated."""
+    at = rates(torch.device("cpu"), torch.float32, "forward")
+    if not at.measured:
+        return []
+    dense = attention / at.dense
+    return [("attention of a layer on this CPU", f"{dense:.3g} s dense, {dense / factor:.3g} s sparse, in float32")]
 
 
 def _blocks(layout: KernelLayout) -> BlockLayout:

@@ -256,7 +256,8 @@ def _huge(size: int) -> Tensor:
 
     Packed blocks are visited in any order, and pages of 4 KiB then cost a miss of the address cache per visit.
     """
-    pages = mmap.mmap(-1, -(-size // HUGE_PAGE) * HUGE_PAGE)
+    private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_ANONYMOUS") else {}
+    pages = mmap.mmap(-1, -(-size // HUGE_PAGE) * HUGE_PAGE, **private)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         with contextlib.suppress(OSError):  # a kernel without large pages: small ones then
             pages.madvise(mmap.MADV_HUGEPAGE)

@@ -17,10 +17,6 @@ from .layout import WindowLayout, window_layout
 from .problem import BackwardProblem, Gradients, Problem
 from .tiling import REORDER_PAIRS, pick_tile
 
-# What bounds on two and three axes add to the time of a partial block, beyond what the kernels reckon for one mask
-# (windows of 7 x 7 and 5 x 15 x 15, D 32 and 64, float32, one CPU core, "native").
-BOUNDS_COST = 0.3
-
 
 def attend(problem: Problem) -> tuple[Tensor, Tensor | None]:
     """Return the output in the shape of q, and the log-sum-exp (B, H, N) if it is wanted."""
@@ -83,8 +79,7 @@ def _cost(problem: Problem) -> float:
     asked = BlockProblem(q, k, k, layout, problem.scale, problem.with_lse)
     best = next(row for row in judge(block_sparse.FORWARD, asked) if row.chosen)
     backend = next(b for b in block_sparse.FORWARD if b.name == best.backend)
-    masks = 1 + BOUNDS_COST * layout.partial_share
-    return backend.cost(asked) * masks * (slots / problem.N) ** 2 + REORDER_PAIRS / problem.N
+    return backend.cost(asked) * (slots / problem.N) ** 2 + REORDER_PAIRS / problem.N
 
 
 SUMMARY = "tiles of the grid as blocks of the block-sparse kernels"

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..block_sparse import op as block_sparse
@@ -29,8 +30,10 @@ CHUNK_BYTES = {"cpu": 256 * 2**20, "cuda": 2**30}
 class Group:
     """Some heads of the problem, grouped."""
 
-    pair: Tensor  # (P,) place of each pick in the padded rows
-    query: Tensor  # (P,) its query in the flat (B, H, Nq)
+    queries: slice  # of the flat (B, H, Nq)
+    pair: Tensor  # (P,) place of each pick in the padded rows, picks of a query next to each other
+    query: Tensor  # (P,) its query, counted from the first of `queries`; ascending
+    bags: Tensor  # (queries + 1,) where the picks of each query begin
     slots: Tensor  # (S,) query in the flat (B, H, Nq) of each place in the rows; any where nobody sits
     layout: BlockLayout  # over the S places and the flat key blocks
 
@@ -52,15 +55,14 @@ def attend(problem: RoutedProblem, backend: str) -> tuple[Tensor, Tensor]:
         chosen, reason = choose(block_sparse.OPERATOR, block_sparse.FORWARD, part, backend)
         note(block_sparse.OPERATOR, chosen.name, f"within routed_attention, {reason}", lambda: problem.share)
         po, pl = chosen.run(part)
-        po, pl = po[0, group.pair, 0], pl[0, 0, group.pair]
-        top = torch.full_like(lse, -torch.inf).scatter_reduce_(0, group.query, pl, "amax")
+        pl = pl[0, 0, group.pair]
+        top = torch.full_like(lse[group.queries], -torch.inf).scatter_reduce_(0, group.query, pl, "amax")
         top = top.masked_fill_(top == -torch.inf, 0.0)  # queries whose blocks hold no key in use
         weight = torch.exp(pl - top[group.query])
-        total = torch.zeros_like(lse).index_add_(0, group.query, weight)
-        seen = total > 0
-        share = weight / total.masked_fill(~seen, 1.0)[group.query]
-        out.index_add_(0, group.query, po.to(dtype) * share[:, None])
-        lse = torch.where(seen, top + total.log(), lse)
+        total = torch.zeros_like(top).index_add_(0, group.query, weight)
+        share = weight / total.masked_fill(total == 0, 1.0)[group.query]
+        out[group.queries] = _sum_picks(po, group, share)
+        lse[group.queries] = top + total.log()  # -inf where nothing was seen
     return (
         out.view(B, H, Nq, D).transpose(1, 2).to(problem.q.dtype).contiguous(),
         lse.view(B, H, Nq),
@@ -107,7 +109,7 @@ def backward(
         run = choose(f"{block_sparse.OPERATOR} backward", block_sparse.BACKWARD, part, backend)[0].run
         pq, pk, pv = run(part)
         if dq is not None:
-            dq.index_add_(0, group.query, pq[0, group.pair, 0].to(dtype))
+            dq[group.queries] = _sum_picks(pq, group, None)
         if dk is not None:
             dk += pk
         if dv is not None:
@@ -117,6 +119,14 @@ def backward(
         *(None if x is None else _from_flat_blocks(x, problem.k.shape) for x in (dk, dv)),
     )
     return tuple(None if x is None else x.to(problem.q.dtype).contiguous() for x in grads)
+
+
+def _sum_picks(rows: Tensor, group: Group, weights: Tensor | None) -> Tensor:
+    """Sum what the picks of each query hold: rows (1, S, 1, D) -> (queries, D). A bag of embeddings is just that."""
+    rows = rows[0, :, 0].to(accumulation_dtype(rows.dtype))
+    return F.embedding_bag(
+        group.pair, rows, group.bags, mode="sum", per_sample_weights=weights, include_last_offset=True
+    )
 
 
 def _groups(problem: RoutedProblem) -> Iterator[Group]:
@@ -159,7 +169,17 @@ def _groups(problem: RoutedProblem) -> Iterator[Group]:
         )  # fmt: skip
         at = head * Nq + query
         slots = torch.zeros(n_rows * ROWS, dtype=torch.int64, device=device).index_copy_(0, pair, at)
-        yield Group(pair, at, slots, layout)
+        # the place of a pick among those of its query is how many key blocks before it the query picked too
+        queries = slice((first - heads) * Nq, first * Nq)
+        chosen = picks[first - heads : first]
+        bags = F.pad(chosen.sum(1).flatten().cumsum(0), (1, 0))
+        earlier = chosen.cumsum(1, dtype=torch.int16 if nK < 2**15 else torch.int32)[
+            head - (first - heads), block, query
+        ]
+        sorted_at = bags[at - queries.start] + earlier.long() - 1
+        pair = torch.empty_like(pair).index_copy_(0, sorted_at, pair)
+        query = torch.empty_like(at).index_copy_(0, sorted_at, at - queries.start)
+        yield Group(queries, pair, query, bags, slots, layout)
 
 
 def _flat_blocks(x: Tensor, block: int) -> Tensor:
