@@ -240,8 +240,7 @@ class SparseAttention(MethodConfig, ABC):
         blocks = layout.layout if isinstance(layout, OrderedLayout) else layout
         if text_valid is not None:
             # the text comes last in every order and fills blocks from their start, so only its blocks lose tokens
-            lengths = blocks.q_len - text_len + text_valid
-            blocks = blocks.with_lengths(lengths, lengths)
+            blocks = blocks.with_tail(text_len, text_valid)
         if ordered is None:
             return cast(Tensor, block_sparse_attention(q, k, v, blocks, backend=self.backend))
         with timed("permute", q.device):

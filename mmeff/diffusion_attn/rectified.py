@@ -326,8 +326,7 @@ class RectifiedSpaAttn(SparseAttention):
             if self.rectify:
                 skipped = self._compensated(q, k, cut, blocks)
         if text_valid is not None:
-            lengths = blocks.q_len - text_len + text_valid
-            blocks = blocks.with_lengths(lengths, lengths)
+            blocks = blocks.with_tail(text_len, text_valid)
         out = cast(Tensor, block_sparse_attention(q, k, v, blocks, backend=self.backend))
         with timed("permute", device):
             out = frame.restore(out) if isinstance(frame, OrderedLayout) else out

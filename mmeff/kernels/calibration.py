@@ -194,9 +194,3 @@ def seconds(run: Callable[[], object], device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter() - start
-
-
-def fastest(run: Callable[[], object], rounds: int, device: torch.device) -> float:
-    """Return the shortest of some timings of `run`, in seconds, after one call to warm up."""
-    run()
-    return min(seconds(run, device) for _ in range(rounds))

@@ -121,6 +121,18 @@ def test_valid_counts_share_a_mask_over_the_batch():
     assert layout.attended_pairs == 8 * 5 + 8 * 7 and layout.has_padding and not layout.is_full
 
 
+def test_a_padded_tail_is_kept_for_the_tensor_that_says_it():
+    layout = BlockLayout.from_block_mask(torch.ones(3, 3).bool(), q_len=11, kv_len=11, q_block=4, kv_block=4)
+    used = torch.tensor([5, 2])
+    padded = layout.with_tail(5, used)
+    inside = torch.arange(11) < (6 + used)[:, None]
+    assert torch.equal(padded.to_dense_mask(), inside[:, None, :, None] & inside[:, None, None])
+    assert layout.with_tail(5, used) is padded and layout.with_tail(5, used.clone()) is not padded
+    padded = layout.with_tail(5, used)
+    used[0] = 1  # written to since
+    assert layout.with_tail(5, used).attended_pairs == 7**2 + 8**2
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

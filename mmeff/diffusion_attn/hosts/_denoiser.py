@@ -191,7 +191,8 @@ class Session:
         density = kept.density if kept is not None else kernel.density if kernel is not None else None
         backend = kernel.backend if kernel is not None else None
         recorder.call(layer, FULL if density == 1.0 else SPARSE, step=now.step, density=density, backend=backend)
-        if q.device.type == "cpu" and backend in ("gather", "sdpa") and (reason := native.unavailable()) is not None:
+        slow = q.device.type == "cpu" and any(call.backend in ("gather", "sdpa") for call in calls)
+        if slow and (reason := native.unavailable()) is not None:
             recorder.remark(f"no native kernels, so attention ran slower than it could: {reason}")
         return out
 

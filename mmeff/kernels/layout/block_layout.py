@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import weakref
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -424,6 +425,25 @@ class BlockLayout:
             kv_valid=valid(kv_lengths, self.kv_valid, self.kv_block),
             known_pairs=None,
         )
+
+    def with_tail(self, tail: int, used: Tensor) -> BlockLayout:
+        """Return this layout for samples that use only the first `used` of the last `tail` tokens: padded text.
+
+        Args: tail: tokens, among queries and keys alike. used: (B,) integers.
+        Returns: as `with_lengths`. The result for the latest `used` is kept with this layout, because the layers of a forward
+            pass the same tensor, and what backends derive from it should be derived once.
+        """
+        # tensors of inference mode do not tell whether somebody has written to them since
+        version = None if used.is_inference() else used._version
+        kept = self._derived.get("tail")
+        if kept is not None and version is not None:
+            of, at, of_tail, layout = kept
+            if of() is used and at == version and of_tail == tail:
+                return cast(BlockLayout, layout)
+        lengths = used.to(self.device)
+        layout = self.with_lengths(self.q_len - tail + lengths, self.kv_len - tail + lengths)
+        self._derived["tail"] = (weakref.ref(used), version, tail, layout)
+        return layout
 
     # ---------------------------------------------------------------- algebra
 
