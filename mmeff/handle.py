@@ -74,6 +74,7 @@ class Handle:
         self._model_name = describe_model(model)
         self._note = model_note(model)
         self._undo = ExitStack()
+        self._episodes: list[Callable[[], None]] = []
         self._installed = False
         self._modules = host.modules(model)
         self._claim()
@@ -99,6 +100,22 @@ class Handle:
     def on_remove(self, undo: Callable[[], None]) -> None:
         """Register how to take back one thing that was installed."""
         self._undo.callback(undo)
+
+    def on_reset_episode(self, forget: Callable[[], None]) -> None:
+        """Register how to forget what earlier prompts left."""
+        self._episodes.append(forget)
+
+    def reset_episode(self) -> None:
+        """Forget what earlier prompts of an episode left, where a method keeps such a history; call it when one begins.
+
+        Raises: TypeError for a method that keeps nothing from one prompt to the next.
+        """
+        if not self._episodes:
+            raise TypeError(
+                f"{self.method.name()} keeps nothing from one prompt to the next, so it has no episode to reset"
+            )
+        for forget in self._episodes:
+            forget()
 
     @property
     def installed(self) -> bool:
@@ -184,6 +201,11 @@ class HandleStack:
         """Forget what all of them recorded."""
         for handle in self.handles:
             handle.reset()
+
+    def reset_episode(self) -> None:
+        """Begin a new episode for every method that keeps a history."""
+        for handle in self.handles:
+            handle.reset_episode()
 
     def report(self) -> list[Report]:
         """One report per method, in the order of the list that was passed."""

@@ -16,13 +16,14 @@ from typing import ClassVar, Literal
 import torch
 
 from mmeff.config import option
-from mmeff.pruning._base import LayerView, PrunePoint, TokenPruner
+from mmeff.pruning._base import LayerPruner, LayerView, require_keep
+from mmeff.pruning._schedule import PrunePoint
 from mmeff.registry import register
 
 
 @register
 @dataclass(frozen=True, kw_only=True)
-class FastV(TokenPruner):
+class FastV(LayerPruner):
     """Keep the visual tokens that receive most attention in one early layer."""
 
     source: ClassVar[str] = "arXiv 2403.06764 (ECCV 2024); code pkunlp-icler/FastV"
@@ -42,14 +43,9 @@ class FastV(TokenPruner):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.require(self.layer >= 1, "layer", "be at least 1, because layer - 1 supplies the scores", "pass layer=2")
-        if isinstance(self.keep, float):
-            self.require(0 < self.keep <= 1, "keep", "be a fraction in (0, 1] or a number of tokens", "pass keep=0.25")
-        else:
-            self.require(
-                self.keep >= 1, "keep", "be at least 1 token when it is an int", "pass keep=0.25 for a fraction"
-            )
+        require_keep(self, "keep")
 
-    def points(self, layers: int) -> tuple[PrunePoint, ...]:
+    def default_points(self, layers: int) -> tuple[PrunePoint, ...]:
         self.require(
             self.layer < layers, "layer", f"be in [1, {layers - 1}] for a model of {layers} layers", "pass layer=2"
         )

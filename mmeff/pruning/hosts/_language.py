@@ -11,16 +11,35 @@ embeddings passed in as (cos, sin). A family's own file says where these are and
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from mmeff.errors import UnsupportedModel
 from mmeff.handle import Handle
-from mmeff.kernels import token_scores
-from mmeff.pruning._base import PrunePoint, Rows, TokenPruner
-from mmeff.report import DENSE, SPARSE
+from mmeff.pruning._base import TokenPruner
+from mmeff.pruning._schedule import PrunePoint
+from mmeff.pruning.hosts._view import View, attention_of_last, gather_rows, token_changes
+
+
+@dataclass
+class Places:
+    """Where the visual tokens of a chunk lie, (B, q) each.
+
+    visual: bool. marker: bool, newline embeddings and separators inside a picture, which always stay. frame: which image,
+    tile or video frame of the row, from 0. row, column: in that frame's grid. padded: share of a token's area that is
+    padding, or None where the host cannot tell.
+    """
+
+    visual: Tensor
+    marker: Tensor
+    frame: Tensor
+    row: Tensor
+    column: Tensor
+    padded: Tensor | None = None
 
 
 @dataclass
@@ -29,19 +48,35 @@ class Pass:
 
     base: int  # columns in the cache before this pass
     length: int  # columns that this pass adds
-    visual: torch.Tensor  # (B, q) bool, all False where nothing is pruned
-    real: torch.Tensor  # (B, q) bool, False on padding
+    visual: Tensor  # (B, q) bool, all False where nothing is pruned
+    real: Tensor  # (B, q) bool, False on padding
     cache: Any
     prunes: bool
-    cur: torch.Tensor  # (B, n) columns present, relative to base
-    alive: torch.Tensor  # (B, n) bool, False on filler
-    counts: torch.Tensor  # (B,) visual tokens that each row's prompt had at first
-    past_real: torch.Tensor | None = None  # (B, base) bool, False on padding of earlier turns
+    cur: Tensor  # (B, n) columns present, relative to base, ascending
+    alive: Tensor  # (B, n) bool, False on filler
+    counts: Tensor  # (B,) visual tokens that each row's prompt had at first
+    digest: Tensor  # (B,) hash of the row's real token ids
+    ids: Tensor | None = None  # (B, q) token ids
+    locate: Callable[[], Places] | None = None  # finds frames and markers once the vision encoder has run
+    look: Callable[[], Any] | None = None  # gives what the vision encoder saw
+    past_real: Tensor | None = None  # (B, base) bool, False on padding of earlier turns
+    first: tuple[Any, Any] | None = None  # the arguments of decoder layer 0
     scored: tuple[int, Any] | None = None  # layer index, and the arguments it ran with
+    moved: dict[int, dict[str, Any]] = field(default_factory=dict)  # what watched sublayers did to their tokens
     complete: bool = True  # no filler among the present tokens
-    masks: dict[int, torch.Tensor | None] = field(default_factory=dict)  # per stage
+    masks: dict[int, Tensor | None] = field(default_factory=dict)  # per stage
     rotary: dict[int, Any] = field(default_factory=dict)
     changed: bool = False  # whether tokens are missing by now
+    left: dict[int, Tensor] = field(default_factory=dict)  # per prune point, (B,) visual tokens kept
+    _places: Places | None = None
+
+    @property
+    def places(self) -> Places:
+        """Frames and markers; asked for once a prune point needs them."""
+        if self._places is None:
+            assert self.locate is not None
+            self._places = self.locate()
+        return self._places
 
 
 class LanguagePruner:
@@ -56,17 +91,26 @@ class LanguagePruner:
         self.points = {point.layer: point for point in method.points(len(self.layers))}
         self.first = min(self.points)
         self.method = method
+        self.state = method.new_state()
         self.handle = handle
         self.now: Pass | None = None
-        for index in range(self.first - 1, len(self.layers)):
+        self._prompt: Tensor | None = (
+            None  # (B, V) columns of the last prompt's visual tokens, -1 where a row has fewer
+        )
+        hooked = {0, *range(max(0, self.first - 1), len(self.layers))}
+        for index in sorted(hooked):
             hook = self.layers[index].register_forward_pre_hook(self._hook(index), with_kwargs=True)
             handle.on_remove(hook.remove)
+        for index in method.watches(len(self.layers)):
+            self._watch(index)
+        self._observe(method.observes(len(self.layers)))
         _forget_compiled_graphs()
         handle.on_remove(_forget_compiled_graphs)
 
     def begin(
-        self, *, cache: Any, visual: torch.Tensor | None, real: torch.Tensor | None, batch: int, length: int,
-        device: torch.device, reason: str | None,
+        self, *, cache: Any, visual: Tensor | None, real: Tensor | None, batch: int, length: int,
+        device: torch.device, reason: str | None, ids: Tensor | None = None,
+        locate: Callable[[], Places] | None = None, look: Callable[[], Any] | None = None,
     ) -> Pass:  # fmt: skip
         """Start a pass. `reason` says why this pass must not prune although it has visual tokens, or is None.
 
@@ -83,17 +127,24 @@ class LanguagePruner:
             prunes = reason is None and self.handle.enabled
             if reason is not None and self.handle.enabled:
                 self.handle.recorder.fallback(reason)
+        real = torch.ones_like(visual) if real is None else real
         self.now = Pass(
             base=base,
             length=length,
             visual=visual,
-            real=torch.ones_like(visual) if real is None else real,
+            real=real,
             cache=cache,
             prunes=prunes,
             cur=torch.arange(length, device=device).expand(batch, -1),
             alive=torch.ones(batch, length, dtype=torch.bool, device=device),
             counts=visual.sum(dim=1),
+            digest=_digest(ids, real) if prunes else torch.zeros(batch, dtype=torch.long, device=device),
+            ids=ids,
+            locate=locate,
+            look=look,
         )
+        if prunes:
+            self._prompt = None
         return self.now
 
     def end(self) -> Pass | None:
@@ -119,6 +170,8 @@ class LanguagePruner:
             now = self.now
             if now is None:
                 return None
+            if now.prunes and index == 0:
+                now.first = (args, kwargs)
             if now.prunes and index in self.points:
                 with self.handle.recorder.time("selection", now.visual.device):
                     args, kwargs = self._prune(index, args, kwargs, now)
@@ -132,11 +185,17 @@ class LanguagePruner:
     def _prune(self, index: int, args: Any, kwargs: Any, now: Pass) -> tuple[Any, Any]:
         """Choose tokens at a prune point and gather the hidden states; the rest follows in `_follow`."""
         point, hidden = self.points[index], args[0]
-        view = View(self, point, now)
-        counts = torch.tensor([point.count(n) for n in now.counts.tolist()], device=hidden.device)
-        wanted = self.method.select(self.method.score(view), counts, view.present)
-        keep = torch.zeros_like(now.alive).scatter_(1, view.slots, wanted)
-        visual = now.visual.gather(1, now.cur) & now.alive
+        if self._prompt is None:
+            self._remember_prompt(now)
+        view = View(self, point, now, (args, kwargs))
+        decision = self.method.decide(view)
+        wanted = decision.keep & view.present
+        if decision.hidden is not None:
+            where = view._slots[..., None].expand(-1, -1, hidden.shape[-1])
+            merged = torch.where(wanted[..., None], decision.hidden.to(hidden.dtype), hidden.gather(1, where))
+            hidden = hidden.scatter(1, where, merged)
+        keep = torch.zeros_like(now.alive).scatter_(1, view._slots, wanted)
+        visual = view.is_visual
         real = now.real.gather(1, now.cur) & now.alive
         # 2 = stays, 1 = the row's own padding, 0 = dropped. Rows that keep fewer tokens are filled up with padding
         # first, and then with dropped tokens that nothing may look at.
@@ -147,13 +206,22 @@ class LanguagePruner:
         now.complete = bool(now.alive.all())
         now.cur = now.cur.gather(1, taken)
         now.changed, now.scored = True, None
+        now.left[point.layer] = wanted.sum(dim=1)
         now.masks.clear()
         now.rotary.clear()
         self._record(point, wanted, view)
         gathered = hidden.gather(1, taken[..., None].expand(-1, -1, hidden.shape[-1]))
         return (gathered, *args[1:]), kwargs
 
-    def _record(self, point: PrunePoint, wanted: torch.Tensor, view: View) -> None:
+    def _remember_prompt(self, now: Pass) -> None:
+        """Keep the columns of the visual tokens, which decoding refers to."""
+        visual = now.places.visual
+        now.counts = visual.sum(dim=1)
+        width = int(now.counts.max())
+        order = (~visual).to(torch.uint8).argsort(dim=1, stable=True)[:, :width]
+        self._prompt = torch.where(visual.gather(1, order), order + now.base, -1)
+
+    def _record(self, point: PrunePoint, wanted: Tensor, view: View) -> None:
         width = int(wanted.sum(dim=1).max())
         kept = torch.where(wanted, view.original, torch.iinfo(torch.long).max).sort(dim=1).values[:, :width]
         kept = torch.where(kept == torch.iinfo(torch.long).max, -1, kept)
@@ -171,8 +239,9 @@ class LanguagePruner:
             while len(cache.layers) <= index:
                 cache.layers.append(DynamicLayer())
             ledger = PrunedLayer.adopt(
-                cache.layers[index], len(now.cur), now.cur.device, attached=lambda: self.handle.installed
-            )
+                cache.layers[index], len(now.cur), now.cur.device, attached=lambda: self.handle.installed,
+                speaks_for_all=index == 0,
+            )  # fmt: skip
             cache.layers[index] = ledger
         pruned = isinstance(ledger, PrunedLayer)
         if not (now.changed or pruned):
@@ -184,9 +253,9 @@ class LanguagePruner:
         kwargs["attention_mask"] = now.masks[stage]
         if now.changed:
             if not now.rotary:
-                now.rotary[0] = tuple(_rows(x, now.cur, dim=1) for x in kwargs["position_embeddings"])
+                now.rotary[0] = tuple(gather_rows(x, now.cur, dim=1) for x in kwargs["position_embeddings"])
                 if kwargs.get("position_ids") is not None:
-                    now.rotary[1] = _rows(kwargs["position_ids"], now.cur, dim=-1)
+                    now.rotary[1] = gather_rows(kwargs["position_ids"], now.cur, dim=-1)
             kwargs["position_embeddings"] = now.rotary[0]
             if 1 in now.rotary:
                 kwargs["position_ids"] = now.rotary[1]
@@ -197,7 +266,7 @@ class LanguagePruner:
     def _stage(self, index: int) -> int:
         return max(layer for layer in self.points if layer <= index)
 
-    def _mask(self, mask: torch.Tensor | None, ledger: Any, now: Pass, index: int) -> torch.Tensor | None:
+    def _mask(self, mask: Tensor | None, ledger: Any, now: Pass, index: int) -> Tensor | None:
         """The model's own mask, restricted to the rows and columns that are left.
 
         A mask of None (plain causal, nothing padded) stays None as long as no filler is among the keys.
@@ -234,110 +303,61 @@ class LanguagePruner:
         itself = (rows[:, :, None] == cols[:, None, :]) & ~now.alive[:, :, None]
         return blocked.masked_fill(itself[:, None], 0.0)
 
+    # ---- for methods that look at several layers, or at decoding
 
-class View:
-    """A `LayerView` over the layer before a prune point: attention is recomputed for the chosen rows alone."""
+    def _watch(self, index: int) -> None:
+        """Measure how the sublayers of a layer change tokens, in passes that prune."""
 
-    def __init__(self, pruner: LanguagePruner, point: PrunePoint, now: Pass) -> None:
-        self.pruner, self.point, self.now = pruner, point, now
-        visual = now.visual.gather(1, now.cur) & now.alive
-        width = int(visual.sum(dim=1).max())
-        order = (~visual).to(torch.uint8).argsort(dim=1, stable=True)[:, :width]
-        self.present = visual.gather(1, order)  # (B, V)
-        self.slots = order  # (B, V) places among the present tokens; behind a row's visual tokens come its other ones
-        rank = now.visual.cumsum(dim=1) - 1
-        self.original = rank.gather(1, now.cur.gather(1, order))
+        def measure(kind: str) -> Any:
+            def hook(module: Any, args: Any, kwargs: Any, output: Any) -> None:
+                now = self.now
+                if now is not None and now.prunes:
+                    entered = args[0] if args else kwargs["hidden_states"]
+                    left = output[0] if isinstance(output, tuple) else output
+                    with self.handle.recorder.time("selection", now.visual.device):
+                        seen = now.moved.setdefault(index, {"cur": now.cur, "alive": now.alive})
+                        seen[kind] = token_changes(entered, left)
 
-    def received(self, rows: Rows) -> torch.Tensor:
-        now = self.now
-        if now.scored is None or now.scored[0] != self.point.layer - 1:
-            raise RuntimeError(f"layer {self.point.layer - 1} has not run in this pass")
-        index, (args, kwargs) = now.scored
-        layer, hidden = self.pruner.layers[index], args[0]
-        chosen, weight = self._rows(rows)
-        cos, sin = (_rows(x, chosen, dim=1) if x.shape[0] > 1 or chosen.shape[0] > 1 else x[:, chosen[0]]
-                    for x in kwargs["position_embeddings"])  # fmt: skip
-        picked = hidden.gather(1, chosen[..., None].expand(-1, -1, hidden.shape[-1]))
-        q = _project(layer, "q", picked, cos, sin)
-        if now.cache is not None:
-            k = now.cache.layers[index].keys.transpose(1, 2)
-        else:
-            k = _project(layer, "k", hidden, *kwargs["position_embeddings"])
-        before = k.shape[1] - hidden.shape[1]  # keys of earlier turns
-        visible = now.real.gather(1, now.cur) & now.alive
-        if before:
-            visible = torch.cat([self._visible_before(index, before), visible], dim=1)
-        scores = token_scores(
-            q, k, row_positions=chosen + before, key_mask=visible, weights=weight, scale=layer.self_attn.scaling
-        )
-        at = (self.slots + before)[:, None].expand(-1, scores.shape[1], -1)
-        return scores.gather(2, at) * self.present[:, None]
+            return hook
 
-    def _visible_before(self, index: int, count: int) -> torch.Tensor:
-        """Which keys of earlier turns may be looked at, (B, count): not their padding, and not their filler."""
-        past = self.now.past_real
-        batch, device = len(self.now.cur), self.now.cur.device
-        if past is None:
-            return torch.ones(batch, count, dtype=torch.bool, device=device)
-        ledger = self.now.cache.layers[index]
-        if not hasattr(ledger, "columns"):
-            return past[:, :count]
-        nothing = self.now.cur[:, :0]
-        cols, valid = ledger.columns(self.now.base, nothing, nothing.bool())
-        return past.gather(1, cols[:, :count]) & valid[:, :count]
+        for kind, module in (("attention", self.layers[index].self_attn), ("mlp", self.layers[index].mlp)):
+            self.handle.on_remove(module.register_forward_hook(measure(kind), with_kwargs=True).remove)
 
-    def _rows(self, rows: Rows) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Places (B, R) of the query rows among the present tokens, and weights (B, 1, R) that blank the unused ones."""
-        now = self.now
-        size = now.cur.shape[1]
-        if rows == "last":
-            return torch.full((len(now.cur), 1), size - 1, device=now.cur.device), None
-        wanted = now.real.gather(1, now.cur) & now.alive
-        if rows == "text":
-            visual = now.visual.gather(1, now.cur)
-            behind = visual.flip(1).cumsum(dim=1).flip(1) == 0  # no visual token at or behind this place
-            wanted &= behind
-        width = int(wanted.sum(dim=1).max())
-        order = (~wanted).to(torch.uint8).argsort(dim=1, stable=True)[:, :width]
-        return order, wanted.gather(1, order).float()[:, None]
+    def _observe(self, index: int | None) -> None:
+        """Tell the method what the newest token looks at in one layer."""
+        if index is None:
+            return
+
+        def hook(module: Any, args: Any, kwargs: Any, output: Any) -> None:
+            now = self.now
+            if now is None or not self.handle.enabled or self._prompt is None or now.cache is None:
+                return
+            if not now.prunes and now.length > 1:
+                return  # a further turn of text is no generated token
+            with self.handle.recorder.time("selection", now.visual.device):
+                seen = attention_of_last(self.layers[index], now, now.cache.layers[index], args, kwargs)
+                columns = self._prompt
+                at = columns.clamp(min=0)
+                attention = torch.where(columns >= 0, seen.gather(1, at), 0.0)
+                self.method.observe(self.state, attention, prefill=now.prunes)
+
+        self.handle.on_remove(self.layers[index].register_forward_hook(hook, with_kwargs=True).remove)
 
 
-def _project(layer: Any, which: str, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Queries or keys (B, R, H, D) of a decoder layer for given inputs, after norm and rotary embedding."""
-    attention = layer.self_attn
-    x = getattr(attention, f"{which}_proj")(layer.input_layernorm(hidden))
-    x = x.unflatten(-1, (-1, attention.head_dim))
-    norm = getattr(attention, f"{which}_norm", None)
-    if norm is not None:
-        x = norm(x)
-    cos, sin = cos[:, :, None], sin[:, :, None]
-    half = x.shape[-1] // 2
-    turned = torch.cat([-x[..., half:], x[..., :half]], dim=-1)
-    return x * cos + turned * sin
+def _digest(ids: Tensor | None, real: Tensor) -> Tensor:
+    """(B,) int64: a hash of each row's real token ids in order; padding in front of them does not matter."""
+    if ids is None:
+        return torch.zeros(len(real), dtype=torch.long, device=real.device)
+    place = real.cumsum(dim=1)
+    mixed = (ids.long() + 1) * 6364136223846793005 + place * 1442695040888963407
+    mixed = (mixed ^ (mixed >> 29)) * 3202034522624059733
+    return (mixed * real).sum(dim=1)
 
 
-def _rows(x: torch.Tensor, rows: torch.Tensor, *, dim: int) -> torch.Tensor:
-    """Gather per-batch `rows` (B, n) of x along the sequence axis `dim`; a batch of one is expanded first.
-
-    x is (B|1, q, ...) with dim 1, or (..., B|1, q) with dim -1.
-    """
-    if dim == 1:
-        x = x.expand(len(rows), *x.shape[1:])
-        return x.gather(1, rows.reshape(*rows.shape, *[1] * (x.ndim - 2)).expand(-1, -1, *x.shape[2:]))
-    x = x.expand(*x.shape[:-2], len(rows), -1)
-    return x.gather(-1, rows.expand(*x.shape[:-2], -1, -1))
-
-
-def _see_self(mask: torch.Tensor, rows: torch.Tensor, cols: torch.Tensor, alive: torch.Tensor) -> torch.Tensor:
+def _see_self(mask: Tensor, rows: Tensor, cols: Tensor, alive: Tensor) -> Tensor:
     """Let filler queries see themselves, so that no row of the mask is empty."""
     itself = (rows[:, :, None] == cols[:, None, :]) & ~alive[:, :, None]
     return mask | itself[:, None]
-
-
-def count_layers(handle: Handle, total: int, first: int, acted: bool) -> None:
-    """Enter one prefill into the record: layers behind the first prune point are sparse when it acted."""
-    for layer in range(total):
-        handle.recorder.call(layer, SPARSE if acted and layer >= first else DENSE)
 
 
 def _forget_compiled_graphs() -> None:

@@ -19,20 +19,32 @@ class PrunedLayer(DynamicLayer):
     cols: (B, n) original column of each of the first n keys; valid: (B, n) False for filler that equalises rows; seen: how
     many columns those n keys stand for. Key n + i is column seen + i. Beam reordering, batch selection, reset and
     cropping move the ledger with the keys.
+
+    speaks_for_all: this is layer 0, which models ask how long the cache is: it answers in columns, not in keys, so that
+    positions and masks go on where the prompt ended.
     """
 
-    def __init__(self, attached: Callable[[], bool]) -> None:
+    def __init__(self, attached: Callable[[], bool], *, speaks_for_all: bool = False) -> None:
         super().__init__()
         self.cols: torch.Tensor | None = None
         self.valid: torch.Tensor | None = None
         self.seen = 0
         self.complete = True  # no filler among the keys
         self._attached = attached
+        self._speaks_for_all = speaks_for_all
 
     @classmethod
-    def adopt(cls, layer: DynamicLayer, batch: int, device: torch.device, attached: Callable[[], bool]) -> PrunedLayer:
+    def adopt(
+        cls,
+        layer: DynamicLayer,
+        batch: int,
+        device: torch.device,
+        attached: Callable[[], bool],
+        *,
+        speaks_for_all: bool = False,
+    ) -> PrunedLayer:
         """Take over a plain layer, filled or empty; its keys so far are columns 0, 1, 2, ..."""
-        new = cls(attached)
+        new = cls(attached, speaks_for_all=speaks_for_all)
         length = layer.get_seq_length()
         if layer.is_initialized:
             new.keys, new.values = layer.keys, layer.values
@@ -41,6 +53,16 @@ class PrunedLayer(DynamicLayer):
         new.valid = torch.ones(batch, length, dtype=torch.bool, device=device)
         new.seen = length
         return new
+
+    def keys_held(self) -> int:
+        """How many keys there are."""
+        return super().get_seq_length()
+
+    def get_seq_length(self) -> int:
+        held = self.keys_held()
+        if not self._speaks_for_all or self.cols is None or not held:
+            return held
+        return self.seen + held - self.cols.shape[1]
 
     def columns(self, base: int, chunk: torch.Tensor, chunk_valid: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Columns and validity (B, keys) of all keys once a chunk (B, q) that starts at column `base` is appended."""
@@ -86,7 +108,7 @@ class PrunedLayer(DynamicLayer):
 
     def crop(self, tokens_to_remove: int) -> None:
         assert self.cols is not None
-        behind = self.get_seq_length() - self.cols.shape[1]  # keys behind the ledger, which follow in order
+        behind = self.keys_held() - self.cols.shape[1]  # keys behind the ledger, which follow in order
         into_ledger = -tokens_to_remove - behind  # a positive number of tokens is refused by the base class
         if into_ledger > 0:
             gone = self.cols[:, -into_ledger:]

@@ -1,0 +1,74 @@
+"""Pruning at several layers, before the first one among them, on LLaVA: the checks that every family passes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mmeff.pruning import FastV
+
+from . import host_checks as checks
+from .conftest import IMAGE, prompts, random_llava
+
+
+class SmallLlava:
+    model = staticmethod(lambda *, attention="sdpa", seed=0: random_llava(attention=attention, seed=seed))
+    prompts = staticmethod(lambda: prompts([18, 5, 29], images=[2, 1, 3]))
+
+    @staticmethod
+    def row(inputs, b):
+        real = inputs["attention_mask"][b].bool()
+        counts = (inputs["input_ids"] == IMAGE).sum(1) // 16
+        first = int(counts[:b].sum())
+        alone = {k: inputs[k][b][real][None] for k in ("input_ids", "attention_mask")}
+        return {**alone, "pixel_values": inputs["pixel_values"][first : first + int(counts[b])]}
+
+    @staticmethod
+    def visual(model, inputs):
+        return inputs["input_ids"] == IMAGE
+
+
+FAMILY = SmallLlava()
+
+
+@pytest.mark.parametrize("schedule", checks.SCHEDULES)
+@pytest.mark.parametrize("search", [{}, {"num_beams": 3}])
+def test_equals_masked_reference(schedule, search):
+    checks.equals_masked_reference(FAMILY, checks.EveryThird(schedule=schedule), **search)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_two_stages_of_attention_scores(attention):
+    checks.equals_masked_reference(FAMILY, FastV(schedule="1:0.6,3:0.2"), attention=attention)
+
+
+@pytest.mark.parametrize("schedule", checks.SCHEDULES)
+def test_rows_equal_rows_alone(schedule):
+    checks.rows_equal_rows_alone(FAMILY, checks.EveryThird(schedule=schedule))
+
+
+def test_scores_equal_eager_attention():
+    checks.scores_equal_eager_attention(FAMILY)
+
+
+def test_remove_restores():
+    checks.remove_restores(FAMILY)
+
+
+def test_keeping_everything_is_the_identity():
+    checks.keeping_everything_is_the_identity(FAMILY)
+
+
+def test_layer_0_by_hand_goes_on_at_the_right_position():
+    """A loop that asks the cache for its length, as users write it, equals generate()."""
+    import mmeff
+
+    model, inputs = random_llava(), prompts([9])
+    with mmeff.accelerate(model, checks.EveryThird(schedule="0:0.5")):
+        whole = checks.generate(model, inputs)
+        out = model(**inputs, logits_to_keep=1, use_cache=True)
+        said = []
+        for _ in range(5):
+            said.append(int(out.logits[0, -1].argmax()))
+            out = model(input_ids=torch.tensor([[said[-1]]]), past_key_values=out.past_key_values, use_cache=True)
+    assert said == whole.sequences[0, -5:].tolist()
