@@ -20,7 +20,8 @@ Differs:
   which are a corner of the video;
 * drop=0 visits everything; a block that holds video and text is visited, and its queries visit everything;
 * gradients, exact for the blocks that were selected;
-* any other method may say what is visited (`base`).
+* any other method may say what is visited (`base`). A block that it visits in part counts by the share of its pairs: the rest
+  of the block gets the same share of what the block is worth.
 """
 
 from __future__ import annotations
@@ -337,9 +338,9 @@ class RectifiedSpaAttn(SparseAttention):
 
     @torch.no_grad()
     def _compensated(self, q: Tensor, k: Tensor, cut: Cut, blocks: BlockLayout) -> Tensor:
-        """(B|1, H|1, nQ, nK) bool: key blocks of the video that are skipped and worth their mean."""
+        """(B|1, H|1, nQ, nK): the share of each key block of the video that is skipped, 0 where it is not worth its mean."""
         nQ, nK = -(-cut.slots // cut.q_block), -(-cut.slots // cut.kv_block)
-        skipped = ~blocks.derived("block_mask", BlockLayout.block_mask)[:, :, :nQ, :nK]
+        skipped = 1 - blocks.derived("visited_shares", BlockLayout.visited_shares)[:, :, :nQ, :nK]
         if self.rectify == "ipar":
             return skipped
         q_mean, q_spread = _moments(q[:, : cut.slots], cut.q_block, cut.q_valid)
@@ -349,7 +350,7 @@ class RectifiedSpaAttn(SparseAttention):
             return pooled_scores(x, y, 1, 1, scale=1.0).abs()
 
         gain, error = products(q_mean, k_mean), products(q_spread, k_mean) + products(q_mean, k_spread)
-        return skipped & (gain > error)
+        return skipped * (gain > error)
 
 
 @lru_cache(maxsize=16)
@@ -443,7 +444,7 @@ def _rectified(
     out: (B, N, H, D) in the order of the video; v in that of the blocks.
     """
     nK = skipped.shape[-1]
-    weights = shares[..., :nK] * skipped
+    weights = shares[..., :nK] * skipped.to(shares.dtype)
     kept = (shares[..., :nK] - weights).sum(-1) + shares[..., nK:].sum(-1)  # R, (B, H, nQ)
     means = pool(v[:, : cut.slots], cut.kv_block, cut.kv_valid)
     with without_autocast(out.device):

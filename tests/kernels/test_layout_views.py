@@ -280,3 +280,21 @@ def test_static_layouts_of_115200_tokens_are_fast_and_small():
         times.append(time.process_time() - start)
     size = sum(x.numel() * x.element_size() for x in lists_of(layout) if x is not None)
     assert min(times) < 0.05 and size < 64 * 2**20
+
+
+@pytest.mark.parametrize("kind", ["bitmap", "bounds", "full"])
+def test_visited_shares_are_those_of_the_dense_mask(kind):
+    draw = torch.Generator().manual_seed(3)
+    if kind == "bitmap":
+        mask = torch.rand(2, 3, 23, 31, generator=draw) < 0.4
+        layout = BlockLayout.from_dense_mask(mask, q_block=5, kv_block=7, allow_empty_rows=True)
+    elif kind == "bounds":
+        layout = BlockLayout.from_bounds(Bounds.band(23, 31, before=6, after=3), q_block=5, kv_block=7)
+    else:
+        picked = torch.rand(1, 2, 5, 5, generator=draw) < 0.5
+        layout = BlockLayout.from_block_mask(picked, q_len=23, kv_len=31, q_block=5, kv_block=7, allow_empty_rows=True)
+    dense, shares = layout.to_dense_mask(), layout.visited_shares()
+    for i in range(layout.nQ):
+        for j in range(layout.nK):
+            part = dense[..., i * 5 : (i + 1) * 5, j * 7 : (j + 1) * 7].double()
+            torch.testing.assert_close(shares[..., i, j], part.mean((-1, -2)), atol=1e-15, rtol=0)

@@ -371,6 +371,15 @@ class BlockLayout:
         """Return the visited blocks, partial or full, as (B|1, H|1, nQ, nK) bool."""
         return plans.block_mask(self.row_start, self.n_partial, self.n_full, self.col_idx, self.row_of, self.nK)
 
+    def visited_shares(self) -> Tensor:
+        """Return the share of each block's pairs that attends, (B|1, H|1, nQ, nK) float64: 1 for full blocks, 0 for others.
+
+        Pairs are those of tokens in use.
+        """
+        if self.bounds is None and self.bitmap is None:
+            return self.block_mask().double()
+        return plans.visited_shares(self)
+
     def to_dense_mask(self) -> Tensor:
         """Return the attention mask, (B|1, H|1, Nq, Nk) bool. For tests and small problems: it is Nq x Nk."""
         return export.dense_mask(self)

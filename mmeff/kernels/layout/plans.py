@@ -136,6 +136,28 @@ def count_pairs(layout: BlockLayout) -> tuple[int, int]:
     return pairs, unused
 
 
+def visited_shares(layout: BlockLayout) -> Tensor:
+    """Return which share of each block's pairs of tokens in use attends, (batch, H|1, nQ, nK) float64: 1 where all do."""
+    B, H, nQ, nK = layout.batch, layout.row_of.shape[1], layout.nQ, layout.nK
+    base = layout.row_of.expand(B, H, nQ).reshape(-1)
+    q_valid, kv_valid = (x.expand(B, -1) for x in (layout.q_valid, layout.kv_valid))
+    shares = torch.zeros(base.shape[0], nK, device=layout.device, dtype=torch.float64)
+    for rows in _batches(layout, base, layout.n_partial[base] == 0):
+        entries = layout.entries(base[rows])
+        at, col = rows[entries.row], entries.col
+        value = entries.full.double()
+        partial = ~entries.full
+        if bool(partial.any()):
+            row, key, batch = at[partial] % nQ, col[partial], at[partial] // max(H * nQ, 1)
+            queries, keys = q_valid[batch, row], kv_valid[batch, key]
+            attends = layout.slabs(row, key, entries.slab[partial])
+            attends = attends & (torch.arange(layout.q_block, device=layout.device) < queries[:, None])[:, :, None]
+            attends = attends & (torch.arange(layout.kv_block, device=layout.device) < keys[:, None])[:, None]
+            value[partial] = attends.sum((1, 2)).double() / (queries * keys).clamp(min=1)
+        shares[at, col] = value
+    return shares.view(B, H, nQ, nK)
+
+
 def _batches(layout: BlockLayout, base: Tensor, plain: Tensor) -> list[Tensor]:
     """Rows without partial entries all at once, the others in batches whose pair masks fit COUNT_ELEMENTS."""
     every = torch.arange(base.shape[0], device=layout.device)
