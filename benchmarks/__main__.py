@@ -345,15 +345,16 @@ def quality_table(
     import torch
 
     from . import plots, results
-    from . import quality as judged
+    from . import quality_table as table
+    from .quality import ROWS
 
-    file = file or judged.ROWS
+    file = file or ROWS
     if not file.exists():
         raise FileNotFoundError(f"no rows at {file}; `python -m benchmarks quality --out {file}` writes them")
-    summaries = judged.summarise(file, results.Machine.here(torch.device("cpu")))
+    summaries = table.summarise(file, results.Machine.here(torch.device("cpu")))
     summary = out or file.with_name(f"{file.stem}-summary.jsonl")
-    judged.write_summary(summaries, summary)
-    print(judged.markdown(summaries))
+    table.write_summary(summaries, summary)
+    print(table.markdown(summaries))
     figure = (figures or file.parent) / f"{file.stem}.png"
     plots.quality(summaries, figure)
     err_console.print(f"{summary}\n{figure}", soft_wrap=True)

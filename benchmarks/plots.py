@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from .quality import Summary
+    from .quality_table import Summary
     from .video import Line
 
 # Backends keep their colour and marker in every figure. "auto" is drawn wide and pale: it lies on top of another.

@@ -2,7 +2,7 @@
 
 A variant is a method with a setting and a stable name. Prompts are drawn and generated in batches of `BATCH`; batch i is a
 pure function of i, so that two processes share the work by batches and a run that was stopped goes on where it stopped.
-`run` appends a row per prompt and variant; `summarise` makes means and standard errors of them. All of a clip is judged in
+`run` appends a row per prompt and variant; `quality_table` makes means and standard errors of them. All of a clip is judged in
 24 x 24 cells, the 2 x 2 averages of its pixels: the codec keeps no more, and the detector looks at the same.
 """
 
@@ -14,15 +14,16 @@ import math
 import os
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
 import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import mmeff
@@ -39,10 +40,10 @@ from mmeff.kernels import BlockLayout
 from mmeff.kernels.permute import Permutation, gilbert_permutation
 from mmeff.tiny import clips, data_folder, video_pipeline
 
-from .results import FOLDER, ROOT, Machine
+from .results import FOLDER, ROOT
 
 ROWS, SUMMARY = FOLDER / "quality.jsonl", FOLDER / "quality-summary.jsonl"
-CACHE = ROOT / "runs" / "quality"  # dense clips, 2 MB a batch; outside git
+CACHE = ROOT / "runs" / "quality"  # dense runs, 12 MB a batch; outside git
 
 SEED = 6_000  # a split of its own: no setting was chosen by looking at its prompts
 OTHER_NOISE = 500_000  # added to the noise seeds of the floor
@@ -53,20 +54,6 @@ DENSE_STEPS = 5  # of STEPS, in every variant
 DETECTOR = ("found", "colour", "shape", "direction", "all")
 CLOSENESS = ("psnr", "corrected", "ssim", "drift")
 DENSE = "dense"
-
-CANNOT_TELL = """\
-What this table cannot tell:
-
-* It ranks no method for a real model. This one has 1.1 M parameters and 324 tokens, and runs in blocks of 4 tokens where real
-  ones take 64 or 128. A mean over 4 tokens lies closer to each of them than a mean over 128, which favours rectification.
-* A table of positions fixes the coarse layout of every clip, so the model leans less on far tokens than a real one: windows
-  look better here than they should.
-* The clips hold one shape over one flat colour. There is no texture, no camera motion and no change of scene to lose, and a
-  shift of the flat colour decides raw PSNR: read it with the corrected PSNR and the detector, never alone.
-* PSNR and SSIM say how far a clip is from the dense one of the same noise. A clip can be far and as good: "dense, other
-  noise" is what the dense model itself scores against its own clips from other noise.
-* The detector picks among six colours, three shapes and four directions; it does not see flicker or soft edges.
-* One model, trained once with one seed; standard errors are over prompts and noise alone, and 0 where all clips agree."""
 
 
 # ---------------------------------------------------------------- variants
@@ -303,7 +290,7 @@ def run(options: Options, tick: Callable[[str, int, int], None]) -> Outcome:
         if options.seconds is not None and time.perf_counter() - began > options.seconds:
             break
         tick(f"batch {index}: {variant.name}", done, len(work))
-        dense = dense_clips(pipeline, index, count, options.cache)
+        dense = dense_run(pipeline, index, count, options.cache)
         started = time.process_time()
         _append(options.out, judge(pipeline, variant, index, count, dense))
         spent[variant.name].append((time.process_time() - started) / count)
@@ -315,6 +302,35 @@ def run(options: Options, tick: Callable[[str, int, int], None]) -> Outcome:
 def batch(index: int) -> clips.ClipLabels:
     """The labels of the prompts [BATCH * index, BATCH * (index + 1))."""
     return clips.sample(SEED, index, BATCH, frames=1, pooled=True)[1]
+
+
+@contextmanager
+def opening(pipeline: Any, outputs: list[Tensor]) -> Iterator[None]:
+    """Inside the block, the forwards of the first DENSE_STEPS steps give `outputs`, or fill them where the list is empty.
+
+    Those steps are dense in every variant and begin with the same noise: computing them once per batch changes no bit.
+    """
+    model, stored, calls = pipeline.transformer, bool(outputs), iter(range(2 * DENSE_STEPS))  # two branches of guidance
+    inner = model.forward
+
+    def forward(*args: Any, **kwargs: Any) -> tuple[Tensor]:
+        at = next(calls, None)
+        if at is not None and stored:
+            return (outputs[at],)
+        found = inner(*args, **kwargs)
+        if at is not None:
+            outputs.append(found[0])
+        return cast(tuple[Tensor], found)
+
+    own = model.__dict__.get("forward")
+    model.forward = forward
+    try:
+        yield
+    finally:
+        if own is None:
+            del model.forward
+        else:
+            model.forward = own
 
 
 def generate(pipeline: Any, index: int, count: int, noise: int = 0) -> np.ndarray:
@@ -329,33 +345,44 @@ def generate(pipeline: Any, index: int, count: int, noise: int = 0) -> np.ndarra
     return cast(np.ndarray, videos.reshape(count, clips.FRAMES, half, 2, half, 2, 3).mean((3, 5), dtype=np.float32))
 
 
-def dense_clips(pipeline: Any, index: int, count: int, folder: Path) -> np.ndarray:
-    """The dense clips of a batch, generated once and kept in `folder`."""
-    path = folder / f"dense-{Variant(name=DENSE, family=DENSE).setting}-{index}-{count}.npy"
+@dataclass(frozen=True)
+class DenseRun:
+    """The dense clips of a batch, and what the transformer gave in the steps that all variants share."""
+
+    clips: np.ndarray
+    outputs: list[Tensor]
+
+
+def dense_run(pipeline: Any, index: int, count: int, folder: Path) -> DenseRun:
+    """The dense run of a batch, made once and kept in `folder`."""
+    path = folder / f"dense-{Variant(name=DENSE, family=DENSE).setting}-{index}-{count}.safetensors"
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
+        outputs: list[Tensor] = []
+        with opening(pipeline, outputs):
+            videos = generate(pipeline, index, count)
         partial = path.with_suffix(f".{os.getpid()}.partial")
-        with partial.open("wb") as file:
-            np.save(file, generate(pipeline, index, count))
+        save_file({"clips": torch.from_numpy(np.ascontiguousarray(videos)), "outputs": torch.stack(outputs)}, partial)
         partial.replace(path)
-    return cast(np.ndarray, np.load(path))
+    stored = load_file(path)
+    return DenseRun(stored["clips"].numpy(), list(stored["outputs"]))
 
 
-def judge(pipeline: Any, variant: Variant, index: int, count: int, dense: np.ndarray) -> list[Score]:
+def judge(pipeline: Any, variant: Variant, index: int, count: int, dense: DenseRun) -> list[Score]:
     """Generate a batch with a variant, and score each clip.
 
     Raises: RuntimeError if the method fell back to dense: its figures would be those of something else.
     """
     density = None
     if variant.name == DENSE:
-        videos = dense
+        videos = dense.clips
     elif variant.method is None:
         videos = generate(pipeline, index, count, variant.noise)
     else:
         method = variant.method
         if isinstance(method, RandomAttention):  # a batch must not depend on which ran before it
             method = method.replace(seed=SEED + index)
-        with mmeff.accelerate(pipeline, method) as handle:
+        with mmeff.accelerate(pipeline, method) as handle, opening(pipeline, list(dense.outputs)):
             videos = generate(pipeline, index, count, variant.noise)
             report = handle.report()
         if report.fallbacks or report.density is None:
@@ -367,7 +394,7 @@ def judge(pipeline: Any, variant: Variant, index: int, count: int, dense: np.nda
         Score(
             variant=variant.name, setting=variant.setting, prompt=index * BATCH + i, density=density,
             found=int(seen.found[i]), **{name: int(hit[i]) for name, hit in right.items()},
-            **(dict.fromkeys(CLOSENESS) if variant.name == DENSE else closeness(dense[i], videos[i])),
+            **(dict.fromkeys(CLOSENESS) if variant.name == DENSE else closeness(dense.clips[i], videos[i])),
         )
         for i in range(count)
     ]  # fmt: skip
@@ -386,115 +413,3 @@ def closeness(dense: np.ndarray, video: np.ndarray) -> dict[str, Any]:
 def _rounded(value: float) -> float | None:
     """Five digits say more than the figures mean; an infinite PSNR is None."""
     return float(f"{value:.5g}") if math.isfinite(value) else None
-
-
-# ---------------------------------------------------------------- the table
-
-
-@dataclass(frozen=True, kw_only=True)
-class Summary:
-    """One variant over its prompts. Figures are (mean, standard error), None where there are none.
-
-    against_twin: for a rectified variant, over the prompts that both have: `drift_ratio`, its mean drift over the twin's, and
-    the mean difference (rectified - twin) of every other figure.
-    """
-
-    variant: str
-    family: str
-    twin: str | None
-    method: dict[str, Any] | None
-    setting: str
-    prompts: int
-    density: float | None
-    figures: dict[str, list[float] | None]
-    against_twin: dict[str, list[float]] | None
-    environment: dict[str, str]
-    commit: str | None
-    date: str
-
-
-def summarise(path: Path, machine: Machine) -> list[Summary]:
-    """Means and standard errors of every variant that has at least two prompts.
-
-    Raises: ValueError if none has.
-    """
-    which = variants()
-    rows = read(path, which)
-    found = []
-    for variant in which:
-        mine = rows[variant.name]
-        if len(mine) < 2:
-            continue
-        densities = [r.density for r in mine.values() if r.density is not None]
-        found.append(Summary(
-            variant=variant.name, family=variant.family, twin=variant.twin,
-            method=None if variant.method is None else variant.method.to_dict(), setting=variant.setting, prompts=len(mine),
-            density=float(np.mean(densities)) if densities else None,
-            figures={name: _mean([getattr(r, name) for r in mine.values()]) for name in (*DETECTOR, *CLOSENESS)},
-            against_twin=_against(mine, rows[variant.twin]) if variant.twin else None,
-            environment=machine.environment, commit=machine.commit,
-            date=datetime.now(UTC).isoformat(timespec="seconds"),
-        ))  # fmt: skip
-    if not found:
-        raise ValueError(f"{path} holds no variant with two prompts; run `python -m benchmarks quality` first")
-    return found
-
-
-def _mean(values: Iterable[float | None]) -> list[float] | None:
-    x = np.array([v for v in values if v is not None], dtype=np.float64)
-    return None if len(x) < 2 else [float(x.mean()), float(x.std(ddof=1) / math.sqrt(len(x)))]
-
-
-def _against(mine: dict[int, Score], twin: dict[int, Score]) -> dict[str, list[float]] | None:
-    both = sorted(mine.keys() & twin.keys())
-    if len(both) < 2:
-        return None
-    found = {}
-    for name in (*DETECTOR, "psnr", "corrected", "ssim"):
-        pairs = [(getattr(mine[i], name), getattr(twin[i], name)) for i in both]
-        difference = _mean(a - b for a, b in pairs if a is not None and b is not None)
-        if difference is not None:
-            found[name] = difference
-    a, b = (np.array([side[i].drift for i in both], dtype=np.float64) for side in (mine, twin))
-    if b.mean() > 0:
-        ratio = a.mean() / b.mean()  # of means, and its standard error by the delta method
-        found["drift_ratio"] = [ratio, float((a - ratio * b).std(ddof=1) / math.sqrt(len(both)) / b.mean())]
-    return found
-
-
-def write_summary(summaries: Iterable[Summary], path: Path) -> None:
-    """Replace the file: its rows are derived from the scores, which stay."""
-    path.write_text("".join(json.dumps(asdict(s), ensure_ascii=False, allow_nan=False) + "\n" for s in summaries))
-
-
-def markdown(summaries: Sequence[Summary]) -> str:
-    """The table, rectification against none, and what neither can tell."""
-    labels = {"psnr": "PSNR, dB", "corrected": "background-corrected, dB", "ssim": "SSIM", "drift": "background drift"}
-    digits = {"psnr": 2, "corrected": 2, "drift": 4}
-    names: tuple[str, ...] = (*DETECTOR, *CLOSENESS)
-    lines = [
-        f"Means and standard errors over prompts; {STEPS} steps, the first {DENSE_STEPS} dense, guidance {GUIDANCE:g}. Density is "
-        "the attended share of the pairs in the other steps, as measured.\n",
-        *_head("variant", "prompts", "density", *(labels.get(name, name) for name in names)),
-    ]
-    for s in summaries:
-        density = "" if s.density is None else f"{s.density:.3f}"
-        cells = [_cell(s.figures[name], digits.get(name, 3)) for name in names]
-        lines.append(f"| {' | '.join([s.variant, str(s.prompts), density, *cells])} |")
-    pairs = [s for s in summaries if s.against_twin]
-    if pairs:
-        names = ("drift_ratio", "all", "psnr", "corrected", "ssim")
-        lines.append("\nRectification against none, paired by prompt: drift as a ratio, the others as differences.\n")
-        lines += _head("variant", "against", "drift ratio", *(labels.get(name, name) for name in names[1:]))
-        for s in pairs:
-            cells = [_cell((s.against_twin or {}).get(name), digits.get(name, 3)) for name in names]
-            lines.append(f"| {' | '.join([s.variant, str(s.twin), *cells])} |")
-    return "\n".join([*lines, "", CANNOT_TELL])
-
-
-def _head(*columns: str) -> list[str]:
-    return [f"| {' | '.join(columns)} |", f"|{' --- |' * len(columns)}"]
-
-
-def _cell(figure: Sequence[float] | None, digits: int) -> str:
-    return "" if figure is None else f"{figure[0]:.{digits}f} ± {figure[1]:.{digits}f}"

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from benchmarks import __main__ as cli
-from benchmarks import plots, quality, results
+from benchmarks import plots, quality, quality_table, results
 from mmeff import registry
 from mmeff.diffusion_attn.rectified import RectifiedSpaAttn
 from mmeff.tiny.video_model import GRID
@@ -163,9 +163,10 @@ def test_a_method_that_fell_back_is_refused(monkeypatch):
     handle = SimpleNamespace(report=lambda: SimpleNamespace(fallbacks={"no kernel": 3}, density=0.5))
     monkeypatch.setattr(quality.mmeff, "accelerate", lambda *args: nullcontext(handle))
     monkeypatch.setattr(quality, "generate", lambda *args: None)
+    monkeypatch.setattr(quality, "opening", lambda *args: nullcontext())
     variant = next(v for v in quality.variants() if v.name == "gna-25")
     with pytest.raises(RuntimeError, match=r"gna-25 did not run as it should: .*no kernel"):
-        quality.judge(None, variant, 0, 1, np.zeros((1, 17, 24, 24, 3)))
+        quality.judge(None, variant, 0, 1, quality.DenseRun(np.zeros((1, 17, 24, 24, 3)), []))
 
 
 # ---------------------------------------------------------------- figures of clips and of rows
@@ -211,7 +212,7 @@ def test_summary_means_errors_and_the_paired_ratio(tmp_path, machine):
     quality._append(path, rows_of("topk-25", [9.0] * 4, setting="another"))  # another setting: never mixed in
     quality._append(path, rows_of("topk-25", [9.0]))  # an older row of prompt 0
     quality._append(path, [*rows_of("topk-25", twin, shape=0), *rows_of("rectified-25", mine, psnr=None)])
-    top, rectified = quality.summarise(path, machine)
+    top, rectified = quality_table.summarise(path, machine)
     assert (top.variant, rectified.twin, top.prompts) == ("topk-25", "topk-25", 4)
     assert top.figures["drift"] == pytest.approx([twin.mean(), twin.std(ddof=1) / 2])
     assert top.figures["all"] == [0.0, 0.0] and rectified.figures["all"] == [1.0, 0.0]
@@ -223,10 +224,10 @@ def test_summary_means_errors_and_the_paired_ratio(tmp_path, machine):
     assert error == pytest.approx(jackknife, rel=0.2)
     assert rectified.against_twin["shape"] == [1.0, 0.0] and "psnr" not in rectified.against_twin
 
-    table = quality.markdown([top, rectified])
+    table = quality_table.markdown([top, rectified])
     assert "| topk-25 | 4 | 0.250 | 1.000 ± 0.000 |" in table and "| rectified-25 | topk-25 | 0.500 ±" in table
     assert "What this table cannot tell" in table
-    quality.write_summary([top, rectified], tmp_path / "s.jsonl")
+    quality_table.write_summary([top, rectified], tmp_path / "s.jsonl")
     stored = [json.loads(line) for line in (tmp_path / "s.jsonl").read_text().splitlines()]
     assert stored[1]["against_twin"]["drift_ratio"][0] == pytest.approx(0.5) and stored[0]["commit"] == "c0ffee"
 
@@ -234,11 +235,11 @@ def test_summary_means_errors_and_the_paired_ratio(tmp_path, machine):
 def test_rows_that_cannot_be_read_or_summarised(tmp_path, machine):
     path = tmp_path / "q.jsonl"
     with pytest.raises(ValueError, match="holds no variant with two prompts"):
-        quality.summarise(path, machine)
+        quality_table.summarise(path, machine)
     quality._append(path, rows_of("topk-25", [0.1]))
     path.write_text(path.read_text() + '{"variant": "topk-25"}\n')
     with pytest.raises(ValueError, match="line 2, is no row of quality"):
-        quality.summarise(path, machine)
+        quality_table.summarise(path, machine)
 
 
 def test_the_figure_needs_a_density(tmp_path, machine):
@@ -246,7 +247,7 @@ def test_the_figure_needs_a_density(tmp_path, machine):
         tmp_path / "q.jsonl", rows_of("dense", [None] * 2, density=None, psnr=None, corrected=None, ssim=None)
     )
     with pytest.raises(ValueError, match="no sparse variant was measured"):
-        plots.quality(quality.summarise(tmp_path / "q.jsonl", machine), tmp_path / "q.png")
+        plots.quality(quality_table.summarise(tmp_path / "q.jsonl", machine), tmp_path / "q.png")
 
 
 # ---------------------------------------------------------------- the command line
