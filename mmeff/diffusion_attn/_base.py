@@ -130,6 +130,15 @@ class SparseAttention(MethodConfig, ABC):
             )
         return step < self.dense_steps or step >= num_steps - self.last_dense_steps
 
+    def check_steps(self, num_steps: int) -> None:
+        """Raise ValueError if the schedule keeps more steps dense than a generation of `num_steps` has."""
+        if self.dense_steps + self.last_dense_steps > num_steps:
+            raise ValueError(
+                f"{type(self).__name__} keeps dense_steps={self.dense_steps} first and last_dense_steps="
+                f"{self.last_dense_steps} last steps dense, but this generation has {num_steps}, so nothing of it would be "
+                f"sparse; lower them, e.g. dense_steps={max(num_steps // 4, 0)}."
+            )
+
     @property
     def counts_steps(self) -> bool:
         """Whether the schedule depends on the denoising step."""

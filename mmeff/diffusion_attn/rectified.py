@@ -186,6 +186,11 @@ class RectifiedSpaAttn(SparseAttention):
         call: dict[str, Any] = {"step": step, "num_steps": num_steps, "layer": layer, "num_layers": num_layers}
         return super().is_dense(**call) or (self.base is not None and self.base.is_dense(**call))
 
+    def check_steps(self, num_steps: int) -> None:
+        super().check_steps(num_steps)
+        if self.base is not None:
+            self.base.check_steps(num_steps)
+
     @property
     def counts_steps(self) -> bool:
         return super().counts_steps or (self.base is not None and self.base.counts_steps)

@@ -235,6 +235,19 @@ def test_a_schedule_that_leaves_nothing_is_an_error():
         generate(pipe, steps=2)
 
 
+@pytest.mark.parametrize("fields", [{"dense_steps": 3}, {"dense_steps": 1, "last_dense_steps": 2}])
+def test_more_dense_steps_than_there_are_fail_before_the_first(fields):
+    pipe, ran = make_pipe(), []
+    stock = generate(pipe, steps=2)
+    pipe.transformer.blocks[0].register_forward_hook(lambda *_: ran.append(1))
+    with mmeff.accelerate(pipe, SPARSE, **fields):
+        with pytest.raises(ValueError, match=r"this generation has 2, so nothing of it would be sparse; lower them"):
+            generate(pipe, steps=2)
+        assert not ran
+        generate(pipe, steps=4)
+    assert torch.equal(generate(pipe, steps=2), stock)
+
+
 def test_a_grid_smaller_than_a_block_fails_before_the_first_step():
     pipe, ran = make_pipe(), []
     pipe.transformer.patch_embedding.register_forward_hook(lambda *_: ran.append(1))

@@ -94,12 +94,14 @@ class Session:
     ) -> Forward:
         """Start a forward: check the grid, find the step, and build the layouts that it will need.
 
-        Raises: ValueError if the method cannot serve the grid, also when its schedule keeps this step dense, so that a
-            generation fails at its start and not in its middle.
+        Raises: ValueError if the method cannot serve the grid, also when its schedule keeps this step dense, or if the
+            schedule has more dense steps than there are, so that a generation fails at its start and not in its middle.
         """
         method = self.method
         method.check_grid(grid, text_len)
         step, num_steps = self._locate(context)
+        if num_steps is not None and self.handle.enabled:
+            method.check_steps(num_steps)
         obstacle = None
         if method.counts_steps and (step is None or num_steps is None):
             obstacle = "the pipeline tells neither its step nor the number of steps, which the schedule counts"
