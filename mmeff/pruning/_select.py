@@ -138,9 +138,13 @@ def extremes(x: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def cosines(x: Tensor) -> Tensor:
-    """(B, V, V) cosines between the vectors of a row, (B, V, D); those with a vector of zeros are 0."""
+    """(B, V, V) cosines between the vectors of a row, (B, V, D): exactly 1 with itself, 0 with a vector of zeros."""
     x = torch.nn.functional.normalize(wide(x), dim=-1)
-    return x @ x.transpose(1, 2)
+    found = x @ x.transpose(1, 2)
+    found = (found + found.transpose(1, 2)) / 2  # rounding errors must not break ties between tokens
+    itself = found.diagonal(dim1=1, dim2=2)
+    itself.copy_(itself.round())
+    return found
 
 
 def row_of(matrix: Tensor, best: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mmeff.pruning import FastV
+from mmeff.pruning import FastV, VisionZip
 
 from . import host_checks as checks
 from .conftest import IMAGE, prompts, random_llava
@@ -72,3 +72,40 @@ def test_layer_0_by_hand_goes_on_at_the_right_position():
             said.append(int(out.logits[0, -1].argmax()))
             out = model(input_ids=torch.tensor([[said[-1]]]), past_key_values=out.past_key_values, use_cache=True)
     assert said == whole.sequences[0, -5:].tolist()
+
+
+def test_the_encoder_is_seen_under_generate_and_its_beams():
+    """generate() runs the encoder before the forward and repeats rows after that; choices are those of a plain forward."""
+    import mmeff
+
+    model, inputs = random_llava(), FAMILY.prompts()
+    with mmeff.accelerate(model, VisionZip(keep=0.25)) as handle:
+        model(**inputs, logits_to_keep=1, use_cache=True)
+        plain = handle.report().kept[0]
+        checks.generate(model, inputs, num_beams=3)
+        assert torch.equal(handle.report().kept[0], plain.repeat_interleave(3, 0))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_projector_asked_by_a_method_runs_in_float32_and_is_not_taken_for_the_model(dtype):
+    import mmeff
+    from mmeff.pruning._base import Decision
+
+    model, inputs, seen = random_llava().to(dtype), prompts([9, 4]), []
+    inputs["pixel_values"] = inputs["pixel_values"].to(dtype)
+
+    class Probe(checks.EveryThird):
+        needs = frozenset({"encoder", "projector"})
+
+        def decide(self, view):
+            encoder = view.encoder()
+            x = encoder.features()
+            again = encoder.project(x.float())
+            assert again.dtype == torch.float32
+            seen.append((again - view.embeddings()).abs().max().item())
+            assert torch.equal(view.encoder().features(), x)
+            return Decision(self.take(view, -view.original.float()))
+
+    with mmeff.accelerate(model, Probe(schedule="0:0.5")):
+        checks.generate(model, inputs, max_new_tokens=1)
+    assert seen[0] < (1e-5 if dtype == torch.float32 else 0.3)  # bfloat16 rounds embeddings of size 10 to 0.06

@@ -26,6 +26,7 @@ class Capture:
         self.projected: list[Tensor] = []
         self.modules: list[Any] = list(_layers(eyes)) if wanted else []
         self._wanted = wanted
+        self._asked = False  # whether the projector runs because a method wants it
         for index, layer in enumerate(self.modules):
             handle.on_remove(layer.register_forward_pre_hook(self._keep(index), with_kwargs=True).remove)
 
@@ -46,7 +47,18 @@ class Capture:
         return hook
 
     def _keep_features(self, module: Any, args: Any) -> None:
-        self.projected.append(args[0])
+        if not self._asked:
+            self.projected.append(args[0])
+
+    def project(self, projector: Any, features: Tensor) -> Tensor:
+        """Run the projector for a method, in the features' dtype: small steps are lost in a model's half precision."""
+        weights = {name: x.to(features.dtype) for name, x in (*projector.named_parameters(), *projector.named_buffers())}
+        self._asked = True  # no part of the model's own forward
+        try:
+            projected: Tensor = torch.func.functional_call(projector, weights, (features,))
+        finally:
+            self._asked = False
+        return projected
 
 
 def _layers(eyes: Any) -> Any:
@@ -107,8 +119,7 @@ class PatchEncoder:
     def project(self, features: Tensor) -> Tensor:
         if self._projector is None:
             raise ValueError("this model has no projector that takes single tokens")
-        projected: Tensor = self._projector(features)
-        return projected
+        return self._seen.project(self._projector, features)
 
     def _queries_and_keys(self, layer: int) -> list[tuple[Tensor, Tensor, float]]:
         """(pictures, patches, heads, D) of one layer, for each call of the encoder in this forward."""
