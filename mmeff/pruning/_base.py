@@ -203,6 +203,10 @@ class TokenPruner(MethodConfig):
         """Whether `score` alone decides which tokens stay, so that another method may weigh the scores first."""
         return type(self).score is not TokenPruner.score and type(self).decide is TokenPruner.decide
 
+    def remark(self, view: LayerView) -> str | None:
+        """What the report should say about a prune point, such as a wish that this model cannot meet; None mostly."""
+        return None
+
     # ---- for methods that look beyond one prompt, or at more than one layer; most have no use for these
 
     def watches(self, layers: int) -> frozenset[int]:

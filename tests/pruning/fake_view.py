@@ -104,10 +104,11 @@ class FakeView:
             summed = (part if weights is None else part * weights[..., None]).sum(2)
         return summed.gather(2, self._slots[:, None].expand(-1, summed.shape[1], -1)) * self.present[:, None]
 
-    def text_attention(self, *, where="before"):
+    def text_attention(self, *, to="text", where="before"):
         part = _rows(self._attention(where), self._text_slots)
-        columns = self._text_slots[:, None, None].expand(-1, part.shape[1], part.shape[2], -1)
-        return part.gather(3, columns) * self.text[:, None, :, None] * self.text[:, None, None, :]
+        slots, there = (self._text_slots, self.text) if to == "text" else (self._slots, self.present)
+        columns = slots[:, None, None].expand(-1, part.shape[1], part.shape[2], -1)
+        return part.gather(3, columns) * self.text[:, None, :, None] * there[:, None, None, :]
 
     def embeddings(self):
         return _tokens(self._embedded, self._slots) * self.present[..., None]

@@ -92,7 +92,9 @@ class MaskedReference:
             wide[:, : rows.shape[1]] = rows
             # a hidden column still sees itself, so that no row of the mask is empty; nothing else looks at it
             size, first = mask.shape[-2], mask.shape[-1] - mask.shape[-2]
-            itself = torch.eye(size, mask.shape[-1], dtype=torch.bool) if not first else torch.zeros(1, 1, dtype=torch.bool)
+            itself = (
+                torch.eye(size, mask.shape[-1], dtype=torch.bool) if not first else torch.zeros(1, 1, dtype=torch.bool)
+            )
             blocked = wide[:, None, None] & ~itself
             mask = mask.expand(len(wide), -1, -1, -1).masked_fill(blocked, torch.finfo(mask.dtype).min)
             return args, {**kwargs, "attention_mask": mask}

@@ -8,25 +8,8 @@ import torch
 from mmeff.pruning import FastV, VisionZip
 
 from . import host_checks as checks
-from .conftest import IMAGE, prompts, random_llava
-
-
-class SmallLlava:
-    model = staticmethod(lambda *, attention="sdpa", seed=0: random_llava(attention=attention, seed=seed))
-    prompts = staticmethod(lambda: prompts([18, 5, 29], images=[2, 1, 3]))
-
-    @staticmethod
-    def row(inputs, b):
-        real = inputs["attention_mask"][b].bool()
-        counts = (inputs["input_ids"] == IMAGE).sum(1) // 16
-        first = int(counts[:b].sum())
-        alone = {k: inputs[k][b][real][None] for k in ("input_ids", "attention_mask")}
-        return {**alone, "pixel_values": inputs["pixel_values"][first : first + int(counts[b])]}
-
-    @staticmethod
-    def visual(model, inputs):
-        return inputs["input_ids"] == IMAGE
-
+from .conftest import prompts, random_llava
+from .small_llava import SmallLlava
 
 FAMILY = SmallLlava()
 
@@ -68,7 +51,8 @@ def test_layer_0_by_hand_goes_on_at_the_right_position():
         whole = checks.generate(model, inputs)
         out = model(**inputs, logits_to_keep=1, use_cache=True)
         said = []
-        for _ in range(5):
+        for step in range(5):
+            assert (out.logits[0, -1] - whole.logits[step][0]).abs().max() < 1e-5
             said.append(int(out.logits[0, -1].argmax()))
             out = model(input_ids=torch.tensor([[said[-1]]]), past_key_values=out.past_key_values, use_cache=True)
     assert said == whole.sequences[0, -5:].tolist()

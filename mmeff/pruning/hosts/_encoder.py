@@ -52,7 +52,9 @@ class Capture:
 
     def project(self, projector: Any, features: Tensor) -> Tensor:
         """Run the projector for a method, in the features' dtype: small steps are lost in a model's half precision."""
-        weights = {name: x.to(features.dtype) for name, x in (*projector.named_parameters(), *projector.named_buffers())}
+        weights = {
+            name: x.to(features.dtype) for name, x in (*projector.named_parameters(), *projector.named_buffers())
+        }
         self._asked = True  # no part of the model's own forward
         try:
             projected: Tensor = torch.func.functional_call(projector, weights, (features,))

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -40,6 +40,12 @@ class Places:
     row: Tensor
     column: Tensor
     padded: Tensor | None = None
+
+    def repeat(self, n: int) -> Places:
+        """Each row n times, as beams have them."""
+        given = {f.name: getattr(self, f.name) for f in fields(self)}
+        rows: dict[str, Any] = {name: x if x is None else x.repeat_interleave(n, 0) for name, x in given.items()}
+        return Places(**rows)
 
 
 @dataclass
@@ -170,6 +176,8 @@ class LanguagePruner:
             now = self.now
             if now is None:
                 return None
+            if index == 0 and now.cache is None:
+                now.cache = kwargs.get("past_key_values")  # made by the decoder, where the caller passed none
             if now.prunes and index == 0:
                 now.first = (args, kwargs)
             if now.prunes and index in self.points:
@@ -189,6 +197,9 @@ class LanguagePruner:
             self._remember_prompt(now)
         view = View(self, point, now, (args, kwargs))
         decision = self.method.decide(view)
+        remark = self.method.remark(view)
+        if remark is not None:
+            self.handle.recorder.remark(remark)
         wanted = decision.keep & view.present
         if decision.hidden is not None:
             where = view._slots[..., None].expand(-1, -1, hidden.shape[-1])
@@ -254,11 +265,9 @@ class LanguagePruner:
         if now.changed:
             if not now.rotary:
                 now.rotary[0] = tuple(gather_rows(x, now.cur, dim=1) for x in kwargs["position_embeddings"])
-                if kwargs.get("position_ids") is not None:
-                    now.rotary[1] = gather_rows(kwargs["position_ids"], now.cur, dim=-1)
             kwargs["position_embeddings"] = now.rotary[0]
-            if 1 in now.rotary:
-                kwargs["position_ids"] = now.rotary[1]
+            if "position_ids" in kwargs:
+                kwargs["position_ids"] = None  # flash attention takes gaps in them for borders of packed sequences
             if pruned:
                 ledger.append(now.base, now.cur + now.base, now.alive, now.base + now.length, complete=now.complete)
         return args, kwargs
@@ -330,8 +339,13 @@ class LanguagePruner:
 
         def hook(module: Any, args: Any, kwargs: Any, output: Any) -> None:
             now = self.now
-            if now is None or not self.handle.enabled or self._prompt is None or now.cache is None:
+            if now is None or not self.handle.enabled or self._prompt is None:
                 return
+            if now.cache is None:
+                raise ValueError(
+                    f"{self.method.name()} reads what generated tokens look at from the cache; call the model with "
+                    "use_cache=True"
+                )
             if not now.prunes and now.length > 1:
                 return  # a further turn of text is no generated token
             with self.handle.recorder.time("selection", now.visual.device):

@@ -6,6 +6,7 @@ and frames, and how what the encoder saw is brought to them.
 
 from __future__ import annotations
 
+import copy
 import sys
 from abc import abstractmethod
 from collections.abc import Mapping
@@ -28,11 +29,38 @@ from mmeff.report import DENSE, SPARSE, Plan
 @dataclass(frozen=True, kw_only=True)
 class Prompt:
     """What a chunk of a prompt was called with: token ids (B, q), the model's keyword arguments, and what its vision encoder
-    saw in this forward."""
+    saw of it.
+
+    generate() runs the encoder before the first forward, and repeats every row for its beams after that. Rows are those
+    before that, `kwargs` has both what generate() was called with and what the forward was.
+    """
 
     ids: Tensor
     kwargs: Mapping[str, Any]
     seen: Capture
+
+
+@dataclass(frozen=True, kw_only=True)
+class Given:
+    """What generate() gave the vision encoder: rows of the prompt, keyword arguments, and those it then went on with."""
+
+    rows: int
+    kwargs: dict[str, Any]
+    rest: dict[str, Any]
+
+    def brought(self, encoded: Mapping[str, Any] | None) -> bool:
+        """Whether the features that a forward is called with are those."""
+        mine = self.rest.get("mm_encoder_outputs") or {}
+        return any(mine.get(kind) is found for kind, found in (encoded or {}).items())
+
+    def joined(self, kwargs: Mapping[str, Any], batch: int) -> dict[str, Any]:
+        """These arguments and those of the forward, of which every n-th row stands for a row of the prompt."""
+        n = batch // self.rows
+        rows = {k: v[::n] if torch.is_tensor(v) and v.ndim and len(v) == batch else v for k, v in kwargs.items()}
+        positions = kwargs.get("position_ids")
+        if torch.is_tensor(positions):
+            rows["position_ids"] = positions[..., ::n, :]  # some families have axes in front of the rows
+        return {**self.kwargs, **rows, "mm_encoder_outputs": self.kwargs["mm_encoder_outputs"]}
 
 
 class VisionLanguageHost(Host):
@@ -81,7 +109,8 @@ class VisionLanguageHost(Host):
 
     @classmethod
     def encoder(cls, model: Any, prompt: Prompt, view: View) -> EncoderView:
-        """What the vision encoder saw, by visual token; only for families that offer it."""
+        """What the vision encoder saw, by visual token; only for families that offer it. The view has n rows for each of the
+        prompt's where there are beams."""
         raise NotImplementedError(f"the {cls.name} host offers nothing of its encoder")
 
     @classmethod
@@ -218,6 +247,8 @@ class Session:
         projector = host.projector(model)
         if projector is not None:
             self._seen.watch_projector(projector, handle)
+        self._given: Given | None = None
+        self._note_what_generate_encodes()
         self._refuse_chunked_prefill()
         self._refuse_assistants()
 
@@ -263,6 +294,18 @@ class Session:
         setattr(model, name, checked)
         self.handle.on_remove(lambda: setattr(model, name, own) if own else model.__dict__.pop(name, None))
 
+    def _note_what_generate_encodes(self) -> None:
+        """Features reach the forward without pictures and their sizes: keep those, and what the encoder sees from here on."""
+
+        def note(inputs_tensor: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+            self._seen.clear()
+            # beams change these objects in place
+            encoded = {k: copy.copy(v) for k, v in (model_kwargs.get("mm_encoder_outputs") or {}).items()}
+            given = {**model_kwargs, "mm_encoder_outputs": encoded}
+            self._given = Given(rows=len(inputs_tensor), kwargs=given, rest=model_kwargs)
+
+        self._wrap("_maybe_prepare_encoder_kwargs_for_generation", note)
+
     # ---- one forward
 
     def _look(self, module: Any, args: Any) -> None:
@@ -280,16 +323,20 @@ class Session:
         seen = any(kwargs.get(name) is not None for name in self.host.inputs) or bool(kwargs.get("mm_encoder_outputs"))
         mask: Any = kwargs.get("attention_mask")
         cache = kwargs.get("past_key_values")
-        visual = locate = look = None
-        reason = self._why_dense(ids, mask, kwargs) if seen else None
+        visual = locate = look = reason = None
         if seen:
             visual = torch.zeros(batch, length, dtype=torch.bool, device=tokens.device)
-            self._seen.clear()
+            given = self._given
+            if given is None or not given.brought(kwargs.get("mm_encoder_outputs")):
+                self._seen.clear()
+                given = None
+            reason = self._why_dense(ids, mask, kwargs, generates=given is not None)
             if ids is not None:
                 for token in self.host.visual_ids(model):
                     visual |= ids == token
-                prompt = Prompt(ids=ids, kwargs=kwargs, seen=self._seen)
-                locate, look = (lambda: self.host.places(model, prompt)), (lambda: self._look_up(prompt))
+                n, asked = (1, kwargs) if given is None else (batch // given.rows, given.joined(kwargs, batch))
+                prompt = Prompt(ids=ids[::n], kwargs=asked, seen=self._seen)
+                locate, look = (lambda: self.host.places(model, prompt).repeat(n)), (lambda: self._look_up(prompt))
         real = mask[:, -length:].bool() if torch.is_tensor(mask) and mask.ndim == 2 else None
         now = self.pruner.begin(
             cache=cache, visual=visual, real=real, batch=batch, length=length, device=tokens.device, reason=reason, ids=ids,
@@ -305,7 +352,7 @@ class Session:
     def _look_up(self, prompt: Prompt) -> Any:
         return lambda view: self.host.encoder(self.model, prompt, cast(View, view))
 
-    def _why_dense(self, ids: Any, mask: Any, kwargs: dict[str, Any]) -> str | None:
+    def _why_dense(self, ids: Any, mask: Any, kwargs: dict[str, Any], *, generates: bool) -> str | None:
         if ids is None:
             return "the model was called with inputs_embeds alone, so its visual tokens cannot be found; pass input_ids"
         if kwargs.get("labels") is not None and self.handle.enabled:
@@ -313,7 +360,8 @@ class Session:
                 f"{self.pruner.method.name()} drops tokens of the prompt, so a loss over it means nothing; call the model "
                 "without labels, set handle.enabled = False for the loss, or prune under generate()"
             )
-        keep = kwargs.get("logits_to_keep", 0)
+        # generate() reads the last logits alone, of models too that know no logits_to_keep
+        keep = kwargs.get("logits_to_keep", int(generates))
         if torch.is_tensor(keep) or keep != 1:
             return "logits of every prompt token were asked for; prune under generate(), or pass logits_to_keep=1"
         if kwargs.get("output_hidden_states"):
@@ -326,6 +374,7 @@ class Session:
         self._clock.close()
         done = self.pruner.end()
         self._seen.clear()
+        self._given = None
         if done is None or not (done.prunes or done.visual.any()):
             return
         layers = len(self.pruner.layers)

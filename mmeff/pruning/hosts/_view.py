@@ -37,10 +37,7 @@ class View:
         counts = [point.count(n) for n in now.counts.tolist()]
         self.counts = torch.tensor(counts, device=now.cur.device)
         self.frame = self._at(places.frame)
-        frames = int(places.frame.max()) + 1
-        start = torch.full((len(rank), frames), rank.shape[1], device=rank.device)
-        start.scatter_reduce_(1, places.frame, rank.masked_fill(~places.visual, rank.shape[1]), "amin")
-        self.raster = (self.original - start.gather(1, self.frame)) * self.present
+        self.raster = _rank_in_frame(places.frame, places.visual).gather(1, self._columns) * self.present
         self.place = torch.stack([self._at(places.row), self._at(places.column)], dim=-1)
         self.padded = None if places.padded is None else self._at(places.padded)
         self.digest = now.digest
@@ -223,8 +220,11 @@ def visible_before(now: Pass, index: int, count: int) -> Tensor:
     ledger = now.cache.layers[index]
     if not hasattr(ledger, "columns"):
         return torch.ones(batch, count, dtype=torch.bool, device=device) if past is None else past[:, :count]
-    nothing = now.cur[:, :0]
-    cols, valid = ledger.columns(now.base, nothing, nothing.bool())
+    if ledger.seen > now.base:  # the chunk is in the ledger already
+        cols, valid = ledger.cols, ledger.valid
+    else:
+        nothing = now.cur[:, :0]
+        cols, valid = ledger.columns(now.base, nothing, nothing.bool())
     return valid[:, :count] if past is None else past.gather(1, cols[:, :count]) & valid[:, :count]
 
 
@@ -238,6 +238,17 @@ def gather_rows(x: Tensor, rows: Tensor, *, dim: int) -> Tensor:
         return x.gather(1, rows.reshape(*rows.shape, *[1] * (x.ndim - 2)).expand(-1, -1, *x.shape[2:]))
     x = x.expand(*x.shape[:-2], len(rows), -1)
     return x.gather(-1, rows.expand(*x.shape[:-2], -1, -1))
+
+
+def _rank_in_frame(frame: Tensor, visual: Tensor) -> Tensor:
+    """(B, q): how many visual tokens of the same frame come before each; frames may take turns, as the tiles of a picture
+    that is read line by line do."""
+    label = frame.masked_fill(~visual, int(frame.max()) + 1)
+    order = label.argsort(dim=1, stable=True)
+    ahead = label.gather(1, order)
+    start = torch.searchsorted(ahead, ahead)  # of each frame, on its left edge
+    rank = torch.arange(frame.shape[1], device=frame.device) - start
+    return torch.empty_like(rank).scatter_(1, order, rank)
 
 
 def _tokens(x: Tensor, slots: Tensor) -> Tensor:

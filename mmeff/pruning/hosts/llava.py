@@ -76,8 +76,9 @@ def has_class_token(tower: Any) -> bool:
 
 
 def to_rows(values: Tensor, visual: Tensor, view: View) -> Tensor:
-    """(B, V, C) for a view's visual tokens, from (tokens, C) of all visual tokens of a batch in the order of its rows."""
+    """(B, V, C) for a view's visual tokens, from (tokens, C) of all visual tokens of a prompt in the order of its rows."""
     starts = visual.sum(dim=1).cumsum(0) - visual.sum(dim=1)
+    starts = starts.repeat_interleave(len(view.original) // len(starts))  # beams
     at = (starts[:, None] + view.original).clamp(max=len(values) - 1)
     return values[at] * view.present[..., None]
 
