@@ -162,6 +162,28 @@ class TokenPruner(MethodConfig):
         "what a budget is shared over: all visual tokens of a prompt compete, or every image, tile or video frame keeps its share",
         unit="scope", source="tiled models keep a quota per tile in InternVL's and SmolVLM's ports of these methods",
     )  # fmt: skip
+    cache: Literal["dynamic", "static"] = option(
+        "dynamic",
+        'the cache that generation runs on: one that grows, or one of fixed size (cache_implementation="static"), whose decoding '
+        "steps can be compiled; the other kind is refused",
+        unit="kind of cache", source="the default of transformers",
+    )  # fmt: skip
+    when: Literal["prefill", "decode"] = option(
+        "prefill",
+        "when tokens go: while the prompt is read, or at the first decoded token, out of the cache of a prompt that was read "
+        "densely. The latter saves decoding only; it leaves losses and logits of the prompt alone, and prompts may be read in "
+        "chunks",
+        unit="phase", source="the papers prune in prefill",
+    )  # fmt: skip
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require(
+            self.cache == "dynamic" or self.when == "prefill",
+            "when",
+            'be "prefill" with cache="static"',
+            "a cache of fixed size does not get smaller once it is filled",
+        )
 
     @abstractmethod
     def points(self, layers: int) -> tuple[PrunePoint, ...]:
@@ -202,6 +224,14 @@ class TokenPruner(MethodConfig):
     def ranks(self) -> bool:
         """Whether `score` alone decides which tokens stay, so that another method may weigh the scores first."""
         return type(self).score is not TokenPruner.score and type(self).decide is TokenPruner.decide
+
+    def why_not_from_cache(self) -> str | None:
+        """A sentence why this method cannot choose once the prompt has been read (when="decode"), or None where it can.
+
+        All that is left then are cached keys, the query of the prompt's last token, token ids and the places of tokens: of
+        `LayerView`, `received("last")`, `text_ids` and the attributes.
+        """
+        return "it looks at states of the prompt that are gone by then"
 
     def remark(self, view: LayerView) -> str | None:
         """What the report should say about a prune point, such as a wish that this model cannot meet; None mostly."""

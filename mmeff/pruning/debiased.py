@@ -89,6 +89,13 @@ class Debiased(TokenPruner):
                 f"{', '.join(can)} can be wrapped as they are",
             )
         self.require(self.quota == "prompt", "quota", "be left at 'prompt'", "set the quota of the inner method")
+        for field, plain in (("cache", "dynamic"), ("when", "prefill")):
+            self.require(
+                getattr(self.inner, field) == plain,
+                "inner",
+                f"be left at {field}={plain!r}",
+                f"set {field} of {type(self).__name__} itself",
+            )
         self.require(math.isfinite(self.rate), "rate", "be finite", "published rates lie between 0.0017 and 0.004")
         self.require(0 <= self.padding <= 1, "padding", "be in [0, 1]", "published are 0.3 and 0.5")
         if self.table:
@@ -162,6 +169,9 @@ class Debiased(TokenPruner):
     @property
     def needs(self) -> frozenset[Need]:  # type: ignore[override]
         return self.inner.needs
+
+    def why_not_from_cache(self) -> str | None:
+        return self.inner.why_not_from_cache()
 
     def points(self, layers: int) -> tuple[PrunePoint, ...]:
         return self.inner.points(layers)

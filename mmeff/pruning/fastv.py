@@ -51,5 +51,10 @@ class FastV(LayerPruner):
         )
         return (PrunePoint(layer=self.layer, keep=self.keep),)
 
+    def why_not_from_cache(self) -> str | None:
+        if self.rows == "last":
+            return None
+        return f'rows="{self.rows}" needs hidden states of the prompt, which are gone by then; pass rows="last"'
+
     def score(self, view: LayerView) -> torch.Tensor:
         return view.received(self.rows).mean(dim=1)

@@ -68,6 +68,9 @@ class PyramidDrop(LayerPruner):
         }
         return tuple(PrunePoint(layer=layer, keep=keep) for layer, keep in found.items())
 
+    def why_not_from_cache(self) -> None:
+        return None
+
     def score(self, view: LayerView) -> Tensor:
         """Attention (B, V) that the prompt's last token would pay in the layer ahead, mean over heads."""
         return view.received("last", where="next").mean(dim=1)

@@ -49,6 +49,9 @@ class RandomPruning(LayerPruner):
     def default_points(self, layers: int) -> tuple[PrunePoint, ...]:
         return (PrunePoint(layer=self.layer, keep=self.keep),)
 
+    def why_not_from_cache(self) -> None:
+        return None
+
     def score(self, view: LayerView) -> Tensor:
         return lots(self.seed, view.digest, view.original)
 

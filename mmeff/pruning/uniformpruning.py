@@ -46,6 +46,9 @@ class UniformPruning(LayerPruner):
     def default_points(self, layers: int) -> tuple[PrunePoint, ...]:
         return (PrunePoint(layer=self.layer, keep=self.keep),)
 
+    def why_not_from_cache(self) -> None:
+        return None
+
     def decide(self, view: LayerView) -> Decision:
         pool = pools(view.counts, view.frame, view.present, apart=self.quota == "frame")
         return Decision(pool.join(evenly(pool.counts, pool.present)))

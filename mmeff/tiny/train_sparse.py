@@ -92,9 +92,12 @@ def long(
 def _compare_long(times: int, method: SparseAttention, done: dict[str, Finetuned], out: Path) -> dict[str, Any]:
     sparse, dense = done["sparse"], done["dense"]
     ratio = sparse.final / dense.final
+    layers = [] if sparse.report is None else sorted(int(layer) for layer in sparse.report["layers"])
+    always = sorted(method.dense_layer_ids(len(layers)))
     found = {
         "times": times, "frames": sparse.recipe["frames"], "tokens": times * math.prod(video_model.GRID),
         "method": method.to_dict(), "density": None if sparse.report is None else sparse.report["density"],
+        "dense_layers": always, "layers": len(layers),
         "steps": sparse.steps, "untuned_sparse": sparse.untuned, "tuned_sparse": sparse.final,
         "untuned_dense": dense.untuned, "tuned_dense": dense.final, "tuned_sparse_over_tuned_dense": ratio,
         "below_untuned": sparse.final < sparse.untuned, "within": ratio <= WITHIN,
@@ -111,6 +114,8 @@ Held-out velocity loss, {sparse.recipe["held_out"]} generated clips at {sparse.r
 |---|---|---|---|
 | {method.name()} | {found["density"]:.3f} | {sparse.untuned:.5f} | {sparse.final:.5f} |
 | dense | 1 | {dense.untuned:.5f} | {dense.final:.5f} |
+
+Density is that of the sparse layers, {len(layers) - len(always)} of {len(layers)}; layers kept dense: {", ".join(map(str, always)) or "none"}.
 
 * Tuned under the method below untuned under the method: **{"yes" if found["below_untuned"] else "no"}**.
 * Tuned under the method against tuned dense: {ratio:.3f}; at most {WITHIN}: **{"yes" if found["within"] else "no"}**.

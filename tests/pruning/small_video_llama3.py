@@ -120,6 +120,6 @@ class SmallVideoLlama3(Tiled):
                                 )
                             )
                     at[kind] += len(left) * area
-                    frame += 1
+                    frame += any(left)  # one that lost all its tokens is none
             found.append(mine)
         return found

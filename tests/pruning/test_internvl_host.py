@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import mmeff
+from mmeff.errors import UnsupportedModel
 from mmeff.pruning import FastV, VisionZip
 
 from . import host_checks as checks
@@ -115,8 +116,22 @@ def test_tiles_of_another_size():
     assert view.place[0].tolist() == [[y, x] for _ in range(2) for y in range(4) for x in range(4)]
 
 
+def test_a_row_without_a_picture():
+    family = SmallInternVL([[2, ("image", 2), 4], [6], [1, ("image", 1), 3]])
+    checks.equals_masked_reference(family, FastV(schedule="1:0.6,3:0.2"))
+
+
+def test_other_encoders_are_refused():
+    from transformers import CLIPVisionConfig, InternVLConfig, InternVLForConditionalGeneration, Qwen2Config
+
+    eyes = CLIPVisionConfig(image_size=16, patch_size=4, hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
+    config = InternVLConfig(vision_config=eyes, text_config=Qwen2Config(**FAMILY.text()))
+    with pytest.raises(UnsupportedModel, match='of type "clip_vision_model"'):
+        mmeff.accelerate(InternVLForConditionalGeneration(config), FastV())
+
+
 def processed(texts, **given):
-    """What the family's own processor makes, without the pads and words that it does not share with prompts by hand."""
+    """What the family's own processor makes."""
     from transformers import GotOcr2ImageProcessor, InternVLProcessor, InternVLVideoProcessor
 
     words = tile_checks.tokenizer(

@@ -65,9 +65,9 @@ def test_encoder_of_padded_tiles_is_refused():
     inputs["pixel_attention_mask"][0, 0, -4:] = 0
     with pytest.raises(ValueError, match="tiles without padding"):
         tile_checks.look(FAMILY.model(), inputs, lambda v: v.encoder(), needs=frozenset({"encoder"}))
-    FAMILY_PADDED = SmallSmolVLM()
-    FAMILY_PADDED.prompts = lambda: inputs
-    checks.equals_masked_reference(FAMILY_PADDED, FastV(layer=1, keep=0.5))
+    padded = SmallSmolVLM()
+    padded.prompts = lambda: inputs
+    checks.equals_masked_reference(padded, FastV(layer=1, keep=0.5))
 
 
 def test_second_turn_on_a_pruned_cache():
@@ -85,6 +85,13 @@ def test_shortened_prompt_equals_pruning_at_layer_0():
 
 def test_places_that_cannot_be_told():
     tile_checks.places_that_cannot_be_told(FAMILY, "must be whole tiles of 3 x 3")
+    family = SmallSmolVLM([[2, ("image", 1, 2), 4]])
+    short = tile_checks.shortened(
+        family, torch.tensor([[0, 1, 2, 3, 4, 5, 9, 10, 11]])
+    )  # as many as a tile has, of two
+    del short["position_ids"]
+    with pytest.raises(ValueError, match="others between those of a tile"):
+        tile_checks.look(family.model(), short, lambda v: v)
 
 
 @pytest.mark.parametrize("beams", [1, 3])
@@ -94,6 +101,11 @@ def test_ready_made_features(beams):
 
 def test_by_hand():
     tile_checks.by_hand(FAMILY)
+
+
+def test_a_row_without_a_picture():
+    family = SmallSmolVLM([[2, ("image", 1, 2), 4], [6], [1, ("image", 0, 0), 3]])
+    checks.equals_masked_reference(family, FastV(schedule="1:0.6,3:0.2"))
 
 
 def test_methods_of_a_class_token_are_refused():

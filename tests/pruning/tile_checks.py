@@ -174,7 +174,7 @@ class Spy:
         norm = getattr(tower, "post_layernorm", None) or tower.layernorm
         norm.register_forward_hook(lambda module, args, out: self.final.append(out))
 
-    def attend(self, module: Any, q: Any, k: Any, v: Any, mask: Any, scaling: float, **kwargs: Any) -> Any:
+    def attend(self, module: Any, q: Any, k: Any, v: Any, *args: Any, scaling: float, **kwargs: Any) -> Any:
         weights = (q @ k.transpose(2, 3) * scaling).softmax(-1)
         self.layers[self.modules.index(module)] += zip(weights.mean(1), k.mean(1), strict=True)
         return (weights @ v).transpose(1, 2), weights
@@ -232,7 +232,7 @@ def encoder_is_what_ran(family: Tiled, layer: int, *, class_token: bool = False,
         "features": torch.cat([x[..., first:, :].reshape(-1, x.shape[-1]) for x in spy.final]),
     }
     seen["features"] = seen["features"].unflatten(-1, (-1, by_patch["features"].shape[1])).mean(-2)
-    at = {kind: 0 for kind in features}
+    at = dict.fromkeys(features, 0)
     for b, row in enumerate(family.cells()):
         expected = {what: torch.stack([x[c.patches].mean(0) for c in row]) for what, x in by_patch.items()}
         projected = []

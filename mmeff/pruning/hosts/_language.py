@@ -13,7 +13,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -23,6 +23,9 @@ from mmeff.handle import Handle
 from mmeff.pruning._base import TokenPruner
 from mmeff.pruning._schedule import PrunePoint
 from mmeff.pruning.hosts._view import View, attention_of_last, gather_rows, token_changes
+
+if TYPE_CHECKING:
+    from mmeff.pruning.hosts._eviction import Evictor
 
 
 @dataclass
@@ -73,6 +76,7 @@ class Pass:
     masks: dict[int, Tensor | None] = field(default_factory=dict)  # per stage
     rotary: dict[int, Any] = field(default_factory=dict)
     changed: bool = False  # whether tokens are missing by now
+    evicted: Pass | None = None  # the prompt whose tokens left the cache before this pass
     left: dict[int, Tensor] = field(default_factory=dict)  # per prune point, (B,) visual tokens kept
     _places: Places | None = None
 
@@ -103,6 +107,16 @@ class LanguagePruner:
         self._prompt: Tensor | None = (
             None  # (B, V) columns of the last prompt's visual tokens, -1 where a row has fewer
         )
+        self._compiled_step: Callable[..., Any] | None = None
+        if method.cache == "static":
+            from mmeff.pruning.hosts._static_ledger import compiled_step
+
+            self._compiled_step = compiled_step
+        self._evictor: Evictor | None = None
+        if method.when == "decode":
+            from mmeff.pruning.hosts._eviction import Evictor  # which imports this module
+
+            self._evictor = Evictor(self)
         hooked = {0, *range(max(0, self.first - 1), len(self.layers))}
         for index in sorted(hooked):
             hook = self.layers[index].register_forward_pre_hook(self._hook(index), with_kwargs=True)
@@ -116,24 +130,35 @@ class LanguagePruner:
     def begin(
         self, *, cache: Any, visual: Tensor | None, real: Tensor | None, batch: int, length: int,
         device: torch.device, reason: str | None, ids: Tensor | None = None,
-        locate: Callable[[], Places] | None = None, look: Callable[[], Any] | None = None,
+        locate: Callable[[Tensor], Places] | None = None, look: Callable[[], Any] | None = None, reading: bool = False,
     ) -> Pass:  # fmt: skip
-        """Start a pass. `reason` says why this pass must not prune although it has visual tokens, or is None.
+        """Start a pass.
 
+        Args:
+            real: (B, columns) bool, False on padding: of the cache's columns and of this pass's, or of the latter alone.
+            reason: why this pass must not prune although it has visual tokens, or None.
+            reading: a prompt is being read, also where this pass is of one token.
         Raises:
-            UnsupportedModel: the prompt has visual tokens, and the cache has a fixed size.
+            UnsupportedModel: the prompt has visual tokens, and the cache is not of the kind that the method is set to.
         """
-        base = cache.get_seq_length() if cache is not None else 0
-        if visual is not None and cache is not None and self.handle.enabled:
-            self._require_dynamic(cache)
+        base = int(cache.get_seq_length()) if cache is not None else 0
+        if visual is not None and self.handle.enabled:
+            self._require_cache(cache)
         if visual is None:
             visual = torch.zeros(batch, length, dtype=torch.bool, device=device)
             prunes = False
         else:
-            prunes = reason is None and self.handle.enabled
+            prunes = reason is None and self.handle.enabled and self._evictor is None
             if reason is not None and self.handle.enabled:
                 self.handle.recorder.fallback(reason)
-        real = torch.ones_like(visual) if real is None else real
+        past_real = None if real is None or real.shape[1] < base + length else real[:, :base]
+        real = torch.ones_like(visual) if real is None else real[:, -length:]
+        evicted = None
+        if self._evictor is not None:
+            if reading or length > 1 or not base:
+                self._evictor.read(cache, base, visual, real, ids=ids, reason=reason, locate=locate)
+            else:
+                evicted = self._evictor.evict(cache, past_real)
         self.now = Pass(
             base=base,
             length=length,
@@ -144,10 +169,12 @@ class LanguagePruner:
             cur=torch.arange(length, device=device).expand(batch, -1),
             alive=torch.ones(batch, length, dtype=torch.bool, device=device),
             counts=visual.sum(dim=1),
-            digest=_digest(ids, real) if prunes else torch.zeros(batch, dtype=torch.long, device=device),
+            digest=digest_of(ids, real) if prunes else torch.zeros(batch, dtype=torch.long, device=device),
             ids=ids,
-            locate=locate,
+            locate=None if locate is None or ids is None else lambda: locate(ids),
             look=look,
+            past_real=past_real,
+            evicted=evicted,
         )
         if prunes:
             self._prompt = None
@@ -156,23 +183,50 @@ class LanguagePruner:
     def end(self) -> Pass | None:
         """Close the pass; returns it for the record."""
         done, self.now = self.now, None
+        if self._evictor is not None:
+            self._evictor.end()
         return done
 
-    def _require_dynamic(self, cache: Any) -> None:
+    def _require_cache(self, cache: Any) -> None:
+        who = self.method.name()
+        if self.method.cache == "static":
+            from mmeff.pruning.hosts._static_ledger import is_fixed
+
+            if not is_fixed(cache):
+                kinds = sorted({type(layer).__name__ for layer in getattr(cache, "layers", ())})
+                raise UnsupportedModel(
+                    f'{who} is set to cache="static", a cache of fixed size whose layers are all StaticLayer, got '
+                    f"{type(cache).__name__ if cache is not None else 'no cache'} of {', '.join(kinds) or 'no layers'}; "
+                    'generate with cache_implementation="static", or set cache="dynamic"'
+                )
+            if "flash" in self._attention(self.first):
+                raise UnsupportedModel(
+                    f'{who} with cache="static" brings 4-D attention masks to the places of each layer, which '
+                    f'{self._attention(self.first)} does not have; load the model with attn_implementation="sdpa"'
+                )
+            return
         from transformers.cache_utils import DynamicLayer
 
         from mmeff.pruning.hosts._ledger import PrunedLayer
 
-        for index, layer in enumerate(cache.layers):
+        for index, layer in enumerate(cache.layers if cache is not None else ()):
             if index >= self.first and type(layer) not in (DynamicLayer, PrunedLayer):
                 raise UnsupportedModel(
-                    f"{self.method.name()} shortens the key/value cache from layer {self.first} on, which a "
+                    f"{who} shortens the key/value cache from layer {self.first} on, which a "
                     f"{type(layer).__name__} (layer {index} of {type(cache).__name__}) cannot follow; "
-                    'generate with cache_implementation="dynamic" and without torch.compile, or remove the handle'
+                    'generate with cache_implementation="dynamic" and without torch.compile, set cache="static" for a cache '
+                    "of fixed size, or remove the handle"
                 )
 
+    def _attention(self, index: int) -> str:
+        return str(self.layers[index].self_attn.config._attn_implementation)
+
     def _hook(self, index: int) -> Any:
+        compiled_step = self._compiled_step
+
         def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            if compiled_step is not None and torch.compiler.is_compiling():
+                return compiled_step(index, args, kwargs) if index >= self.first else None
             now = self.now
             if now is None:
                 return None
@@ -205,22 +259,11 @@ class LanguagePruner:
             where = view._slots[..., None].expand(-1, -1, hidden.shape[-1])
             merged = torch.where(wanted[..., None], decision.hidden.to(hidden.dtype), hidden.gather(1, where))
             hidden = hidden.scatter(1, where, merged)
-        keep = torch.zeros_like(now.alive).scatter_(1, view._slots, wanted)
-        visual = view.is_visual
-        real = now.real.gather(1, now.cur) & now.alive
-        # 2 = stays, 1 = the row's own padding, 0 = dropped. Rows that keep fewer tokens are filled up with padding
-        # first, and then with dropped tokens that nothing may look at.
-        rank = torch.where(real & (keep | ~visual), 2, torch.where(~real & now.alive, 1, 0))
-        longest = int((rank == 2).sum(dim=1).max())
-        taken = rank.argsort(dim=1, descending=True, stable=True)[:, :longest].sort(dim=1).values
-        now.alive = (rank > 0).gather(1, taken)
-        now.complete = bool(now.alive.all())
-        now.cur = now.cur.gather(1, taken)
-        now.changed, now.scored = True, None
-        now.left[point.layer] = wanted.sum(dim=1)
+        taken = thin(now, view, wanted)
+        now.scored = None
         now.masks.clear()
         now.rotary.clear()
-        self._record(point, wanted, view)
+        self.record(point, wanted, view)
         gathered = hidden.gather(1, taken[..., None].expand(-1, -1, hidden.shape[-1]))
         return (gathered, *args[1:]), kwargs
 
@@ -232,7 +275,8 @@ class LanguagePruner:
         order = (~visual).to(torch.uint8).argsort(dim=1, stable=True)[:, :width]
         self._prompt = torch.where(visual.gather(1, order), order + now.base, -1)
 
-    def _record(self, point: PrunePoint, wanted: Tensor, view: View) -> None:
+    def record(self, point: PrunePoint, wanted: Tensor, view: View) -> None:
+        """Enter what stays from a prune point on."""
         width = int(wanted.sum(dim=1).max())
         kept = torch.where(wanted, view.original, torch.iinfo(torch.long).max).sort(dim=1).values[:, :width]
         kept = torch.where(kept == torch.iinfo(torch.long).max, -1, kept)
@@ -240,37 +284,31 @@ class LanguagePruner:
 
     def _follow(self, index: int, args: Any, kwargs: Any, now: Pass) -> Any:
         """Give a layer behind the first prune point its rows, its columns and its cache layer."""
-        from mmeff.pruning.hosts._ledger import PrunedLayer
-
-        cache = now.cache
-        ledger: Any = cache.layers[index] if cache is not None and index < len(cache.layers) else None
-        if now.changed and cache is not None and not isinstance(ledger, PrunedLayer):
-            from transformers.cache_utils import DynamicLayer
-
-            while len(cache.layers) <= index:
-                cache.layers.append(DynamicLayer())
-            ledger = PrunedLayer.adopt(
-                cache.layers[index], len(now.cur), now.cur.device, attached=lambda: self.handle.installed,
-                speaks_for_all=index == 0,
-            )  # fmt: skip
-            cache.layers[index] = ledger
-        pruned = isinstance(ledger, PrunedLayer)
-        if not (now.changed or pruned):
+        ledger = self._ledger(index, now)
+        if not (now.changed or ledger is not None):
             return args, kwargs
         kwargs = dict(kwargs)
-        stage = self._stage(index)
-        if stage not in now.masks:
-            now.masks[stage] = self._mask(kwargs.get("attention_mask"), ledger if pruned else None, now, index)
-        kwargs["attention_mask"] = now.masks[stage]
         if now.changed:
             if not now.rotary:
                 now.rotary[0] = tuple(gather_rows(x, now.cur, dim=1) for x in kwargs["position_embeddings"])
             kwargs["position_embeddings"] = now.rotary[0]
             if "position_ids" in kwargs:
                 kwargs["position_ids"] = None  # flash attention takes gaps in them for borders of packed sequences
-            if pruned:
+            if ledger is not None:
                 ledger.append(now.base, now.cur + now.base, now.alive, now.base + now.length, complete=now.complete)
+        stage = self._stage(index)
+        if stage not in now.masks:
+            now.masks[stage] = self._mask(kwargs.get("attention_mask"), ledger, now, index)
+        kwargs["attention_mask"] = now.masks[stage]
         return args, kwargs
+
+    def _ledger(self, index: int, now: Pass) -> Any:
+        """The layer's ledger, which a pass that prunes puts in place of a plain cache layer; None where nothing is pruned."""
+        cache = now.cache
+        layer = cache.layers[index] if cache is not None and index < len(cache.layers) else None
+        if getattr(layer, "cols", None) is not None or not now.changed or cache is None:
+            return layer if getattr(layer, "cols", None) is not None else None
+        return adopt_layer(cache, index, now.cur, self.handle)
 
     def _stage(self, index: int) -> int:
         return max(layer for layer in self.points if layer <= index)
@@ -285,11 +323,13 @@ class LanguagePruner:
             return None
         if ledger is None:
             cols, valid = now.cur, now.alive
+        elif now.changed:  # the chunk is in the ledger already
+            cols, valid = ledger.cols, ledger.valid
         else:
             cols, valid = ledger.columns(now.base, now.cur + now.base, now.alive)
         rows = now.cur + now.base
         if mask is None:
-            if "flash" in str(self.layers[index].self_attn.config._attn_implementation):
+            if "flash" in self._attention(index):
                 return valid
             causal = (rows[:, :, None] >= cols[:, None, :])[:, None]
             return _see_self(causal & valid[:, None, None], rows, cols, now.alive)
@@ -358,7 +398,44 @@ class LanguagePruner:
         self.handle.on_remove(self.layers[index].register_forward_hook(hook, with_kwargs=True).remove)
 
 
-def _digest(ids: Tensor | None, real: Tensor) -> Tensor:
+def thin(now: Pass, view: View, wanted: Tensor) -> Tensor:
+    """Leave a pass the wanted visual tokens (B, V) of a view and its other tokens; their places (B, n) among those present."""
+    keep = torch.zeros_like(now.alive).scatter_(1, view._slots, wanted)
+    real = now.real.gather(1, now.cur) & now.alive
+    # 2 = stays, 1 = the row's own padding, 0 = dropped. Rows that keep fewer tokens are filled up with padding
+    # first, and then with dropped tokens that nothing may look at.
+    rank = torch.where(real & (keep | ~view.is_visual), 2, torch.where(~real & now.alive, 1, 0))
+    longest = int((rank == 2).sum(dim=1).max())
+    taken = rank.argsort(dim=1, descending=True, stable=True)[:, :longest].sort(dim=1).values
+    now.alive = (rank > 0).gather(1, taken)
+    now.complete = bool(now.alive.all())
+    now.cur = now.cur.gather(1, taken)
+    now.changed = True
+    now.left[view.point.layer] = wanted.sum(dim=1)
+    return taken
+
+
+def adopt_layer(cache: Any, index: int, rows: Tensor, handle: Handle) -> Any:
+    """Put a ledger in place of a plain cache layer, for as many rows as `rows` has."""
+    from transformers.cache_utils import DynamicLayer, StaticLayer
+
+    from mmeff.pruning.hosts._ledger import PrunedLayer
+    from mmeff.pruning.hosts._static_ledger import PrunedStaticLayer
+
+    while len(cache.layers) <= index:
+        cache.layers.append(DynamicLayer())
+    layer, first = cache.layers[index], index == 0
+    attached = lambda: handle.installed  # noqa: E731
+    if isinstance(layer, PrunedStaticLayer):  # one that was reset
+        return layer
+    if isinstance(layer, StaticLayer):
+        cache.layers[index] = PrunedStaticLayer.adopt(layer, attached, speaks_for_all=first)
+    else:
+        cache.layers[index] = PrunedLayer.adopt(layer, len(rows), rows.device, attached, speaks_for_all=first)
+    return cache.layers[index]
+
+
+def digest_of(ids: Tensor | None, real: Tensor) -> Tensor:
     """(B,) int64: a hash of each row's real token ids in order; padding in front of them does not matter."""
     if ids is None:
         return torch.zeros(len(real), dtype=torch.long, device=real.device)

@@ -24,6 +24,9 @@ class PrunedLayer(DynamicLayer):
     positions and masks go on where the prompt ended.
     """
 
+    keys: torch.Tensor
+    values: torch.Tensor
+
     def __init__(self, attached: Callable[[], bool], *, speaks_for_all: bool = False) -> None:
         super().__init__()
         self.cols: torch.Tensor | None = None
@@ -80,6 +83,20 @@ class PrunedLayer(DynamicLayer):
         self.cols, self.valid = self.columns(base, chunk, chunk_valid)
         self.seen = logical
         self.complete = self.complete and complete
+
+    def thin(self, start: int, total: int, chunk: torch.Tensor, chunk_valid: torch.Tensor, *, complete: bool) -> None:
+        """Of the last columns, `start` to `total`, keep those at `chunk` (B, n), counted from `start`; take out other keys."""
+        before = self.keys_held() - (total - start)
+
+        def pick(x: torch.Tensor) -> torch.Tensor:
+            at = chunk[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3])
+            return torch.cat([x[:, :, :before], x[:, :, before:].gather(2, at)], dim=2)
+
+        if self.seen > start:  # taken over with these columns in it
+            self._map(lambda x: x[:, : x.shape[1] - (self.seen - start)])
+            self.seen = start
+        self.keys, self.values = pick(self.keys), pick(self.values)
+        self.append(start, chunk + start, chunk_valid, total, complete=complete)
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):  # type: ignore[no-untyped-def]
         if not self._attached():

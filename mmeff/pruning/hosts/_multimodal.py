@@ -18,8 +18,10 @@ import torch
 from torch import Tensor
 
 from mmeff.config import MethodConfig
+from mmeff.errors import UnsupportedModel
 from mmeff.handle import Handle, Host, describe_model
 from mmeff.pruning._base import EncoderView, Need, TokenPruner
+from mmeff.pruning.hosts._cost import Cost
 from mmeff.pruning.hosts._encoder import Capture
 from mmeff.pruning.hosts._language import LanguagePruner, Pass, Places
 from mmeff.pruning.hosts._view import View
@@ -150,6 +152,10 @@ class VisionLanguageHost(Host):
         lacking = sorted(method.needs - cls.offers(model) - {"text ids"})  # ids are part of every call that prunes
         if lacking:
             return f"the method needs the {' and the '.join(lacking)}, which the {cls.name} host does not have for this model"
+        if method.when == "decode" and (reason := method.why_not_from_cache()) is not None:
+            return f'when="decode" chooses after the prompt has been read, and {reason}'
+        if method.cache == "static" and method.observes(len(decoder.layers)) is not None:
+            return 'cache="static" is for compiled decoding, and the method follows what every decoded token looks at'
         return None
 
     @classmethod
@@ -182,7 +188,8 @@ class VisionLanguageHost(Host):
                 now = min(now, points[layer].count(visual))
             seen.append(now)
         dense = cost.prefill([visual + text_tokens] * layers)
-        fast = cost.prefill([v + text_tokens for v in seen])
+        late = method.when == "decode"
+        fast = dense if late else cost.prefill([v + text_tokens for v in seen])
         saved = batch * cost.cache_bytes(sum(visual - v for v in seen))
         total = batch * cost.cache_bytes(layers * (visual + text_tokens + new_tokens))
         kept = ", ".join(f"{seen[k]} from layer {k} on" for k in sorted(points))
@@ -194,36 +201,11 @@ class VisionLanguageHost(Host):
                 ("mean over layers", f"{sum(seen) / layers:.1f}"),
                 ("prefill operations", f"{fast / dense:.3f} of dense"),
                 ("predicted prefill speedup", f"{dense / fast:.2f}x (by operations, selection apart)"),
-                ("cache", f"{saved / 2**20:.2f} of {total / 2**20:.2f} MiB saved"),
+                ("cache", f"{saved / 2**20:.2f} of {total / 2**20:.2f} MiB saved{' once decoding has begun' if late else ''}"),
+                *([("pruned", "at the first decoded token; the prompt is read densely")] if late else []),
             ),
             density=sum(seen) / (layers * visual), predicted_speedup=dense / fast,
         )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Cost:
-    """Multiply-adds and cache bytes of a decoder layer."""
-
-    width: int
-    inner: int
-    kv_share: float
-    kv_bytes: int  # of one token in one layer
-
-    @classmethod
-    def of(cls, text: Any, element: int) -> Cost:
-        """From a text config and the bytes of an element."""
-        head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-        kv = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-        return cls(text.hidden_size, text.intermediate_size, kv / text.num_attention_heads, 2 * kv * head * element)
-
-    def prefill(self, tokens: list[float]) -> float:
-        """Of layers that run over these numbers of tokens; causal attention: half of the two products with N x N."""
-        linear = self.width * (2 * self.width + 2 * self.kv_share * self.width + 3 * self.inner)
-        return sum(n * linear + n * n * self.width for n in tokens)
-
-    def cache_bytes(self, tokens: float) -> float:
-        """Of this many keys and values, over all layers together."""
-        return tokens * self.kv_bytes
 
 
 class Session:
@@ -248,8 +230,16 @@ class Session:
         if projector is not None:
             self._seen.watch_projector(projector, handle)
         self._given: Given | None = None
+        self._prompt: dict[str, Any] | None = None  # keyword arguments of a prompt that generate() is reading
         self._note_what_generate_encodes()
-        self._refuse_chunked_prefill()
+        if pruner.method.when == "decode":
+            self._note_what_generate_reads()
+        else:
+            self._refuse_chunked_prefill()
+        if pruner.method.cache == "static":
+            # kept out of graphs, in which it would not be raised
+            self._refuse_compiled_prefill = torch.compiler.disable(refuse_compiled_prefill)
+            self._time_compiled_steps()
         self._refuse_assistants()
 
     # ---- refusals
@@ -261,7 +251,8 @@ class Session:
             if getattr(generation_config, "prefill_chunk_size", None) is not None and self.handle.enabled:
                 raise ValueError(
                     f"{self.pruner.method.name()} selects tokens once per prompt and cannot follow prefill_chunk_size="
-                    f"{generation_config.prefill_chunk_size}; generate without it, or remove the handle"
+                    f"{generation_config.prefill_chunk_size}; generate without it, prune out of the cache with "
+                    'when="decode", or remove the handle'
                 )
 
         self._wrap("_prefill", check)
@@ -281,18 +272,56 @@ class Session:
 
     def _wrap(self, name: str, check: Any) -> None:
         """Call `check` before a method of the model, on this instance alone."""
+
+        def checking(original: Any) -> Any:
+            def checked(*args: Any, **kwargs: Any) -> Any:
+                check(*args, **kwargs)
+                return original(*args, **kwargs)
+
+            return checked
+
+        self._replace(name, checking)
+
+    def _replace(self, name: str, change: Any) -> None:
+        """Put `change` of a method of the model in its place, on this instance alone."""
         model = self.model
         if not hasattr(model, name):
             return
         own = model.__dict__.get(name)  # somebody else's wrapper on this instance
-        original = getattr(model, name)
-
-        def checked(*args: Any, **kwargs: Any) -> Any:
-            check(*args, **kwargs)
-            return original(*args, **kwargs)
-
-        setattr(model, name, checked)
+        setattr(model, name, change(getattr(model, name)))
         self.handle.on_remove(lambda: setattr(model, name, own) if own else model.__dict__.pop(name, None))
+
+    def _note_what_generate_reads(self) -> None:
+        """Chunks of a prompt know their own tokens only, and one of a single token looks like a decoded one."""
+
+        def reading(original: Any) -> Any:
+            def read(input_ids: Any, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:  # fmt: skip
+                self._prompt = dict(model_kwargs)
+                try:
+                    return original(input_ids, generation_config, model_kwargs, *args, **kwargs)
+                finally:
+                    self._prompt = self._given = None
+
+            return read
+
+        self._replace("_prefill", reading)
+
+    def _time_compiled_steps(self) -> None:
+        """Hooks of a compiled step leave no time; its caller does."""
+
+        def timing(original: Any) -> Any:
+            def compiled(*args: Any, **kwargs: Any) -> Any:
+                step = original(*args, **kwargs)
+
+                def timed(*args: Any, **kwargs: Any) -> Any:
+                    with self.handle.recorder.time("decode", self.model.device):
+                        return step(*args, **kwargs)
+
+                return timed
+
+            return compiled
+
+        self._replace("get_compiled_call", timing)
 
     def _note_what_generate_encodes(self) -> None:
         """Features reach the forward without pictures and their sizes: keep those, and what the encoder sees from here on."""
@@ -315,39 +344,60 @@ class Session:
         self._eye.close()
 
     def _before(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen = any(kwargs.get(name) is not None for name in self.host.inputs) or bool(kwargs.get("mm_encoder_outputs"))
+        if self.pruner.method.cache == "static" and torch.compiler.is_compiling():
+            if seen:
+                self._refuse_compiled_prefill(self.pruner.method.name())
+            return  # the cache says all that a decoding step has to know
         ids = kwargs.get("input_ids", args[0] if args else None)
         tokens: Any = ids if ids is not None else kwargs.get("inputs_embeds")
         if tokens is None:
             return  # the model complains about it in its own words
         batch, length = tokens.shape[:2]
-        seen = any(kwargs.get(name) is not None for name in self.host.inputs) or bool(kwargs.get("mm_encoder_outputs"))
-        mask: Any = kwargs.get("attention_mask")
         cache = kwargs.get("past_key_values")
+        reading = self._prompt is not None
+        mask = self._mask_of(kwargs.get("attention_mask"), cache, length) if seen else kwargs.get("attention_mask")
         visual = locate = look = reason = None
         if seen:
             visual = torch.zeros(batch, length, dtype=torch.bool, device=tokens.device)
             given = self._given
-            if given is None or not given.brought(kwargs.get("mm_encoder_outputs")):
+            if given is None or not (reading or given.brought(kwargs.get("mm_encoder_outputs"))):
                 self._seen.clear()
                 given = None
             reason = self._why_dense(ids, mask, kwargs, generates=given is not None)
             if ids is not None:
                 for token in self.host.visual_ids(model):
                     visual |= ids == token
-                n, asked = (1, kwargs) if given is None else (batch // given.rows, given.joined(kwargs, batch))
-                prompt = Prompt(ids=ids[::n], kwargs=asked, seen=self._seen)
-                locate, look = (lambda: self.host.places(model, prompt).repeat(n)), (lambda: self._look_up(prompt))
-        real = mask[:, -length:].bool() if torch.is_tensor(mask) and mask.ndim == 2 else None
+                n, asked = (1, kwargs) if given is None else (batch // given.rows, given.joined(kwargs | (self._prompt or {}), batch))  # fmt: skip
+                locate = lambda ids: self._places(ids, n, asked)  # noqa: E731
+                look = lambda: self._look_up(Prompt(ids=ids[::n], kwargs=asked, seen=self._seen))  # noqa: E731
         now = self.pruner.begin(
-            cache=cache, visual=visual, real=real, batch=batch, length=length, device=tokens.device, reason=reason, ids=ids,
-            locate=locate, look=look,
+            cache=cache, visual=visual, real=mask.bool() if torch.is_tensor(mask) and mask.ndim == 2 else None, batch=batch,
+            length=length, device=tokens.device, reason=reason, ids=ids, locate=locate, look=look, reading=reading,
         )  # fmt: skip
-        if now.base and real is not None:
-            now.past_real = mask[:, : now.base].bool()
-        if not seen and not now.base and length > 1 and self.handle.enabled:
+        if not seen and not now.base and length > 1 and self.handle.enabled and self.pruner.method.when == "prefill":
             self.handle.recorder.fallback("the prompt has no image or video")
         self.handle.recorder.forwards += seen or not now.base
-        self._clock.enter_context(self.handle.recorder.time("prefill" if length > 1 else "decode", tokens.device))
+        self._clock.enter_context(self.handle.recorder.time("prefill" if length > 1 or reading else "decode", tokens.device))  # fmt: skip
+
+    def _places(self, ids: Tensor, n: int, asked: Mapping[str, Any]) -> Places:
+        """Of all tokens of a prompt, each row of which stands n times in `ids`."""
+        positions = asked.get("position_ids")
+        if torch.is_tensor(positions):
+            asked = {**asked, "position_ids": positions[..., -ids.shape[1] :]}
+        return self.host.places(self.model, Prompt(ids=ids[::n], kwargs=asked, seen=self._seen)).repeat(n)
+
+    def _mask_of(self, mask: Any, cache: Any, length: int) -> Any:
+        """The (batch, columns) mask of a pass: generate() makes the 4-D one itself where a cache has a fixed size. What is
+        real is what the last token sees."""
+        if self.pruner.method.cache != "static" or cache is None:
+            return mask
+        if isinstance(mask, dict):  # by kind of layer, of which there is one
+            mask = mask.get("full_attention")
+        if not (torch.is_tensor(mask) and mask.ndim == 4):
+            return mask
+        last = mask[:, 0, -1, : int(cache.get_seq_length()) + length]
+        return last if last.dtype == torch.bool else last == 0
 
     def _look_up(self, prompt: Prompt) -> Any:
         return lambda view: self.host.encoder(self.model, prompt, cast(View, view))
@@ -355,6 +405,10 @@ class Session:
     def _why_dense(self, ids: Any, mask: Any, kwargs: dict[str, Any], *, generates: bool) -> str | None:
         if ids is None:
             return "the model was called with inputs_embeds alone, so its visual tokens cannot be found; pass input_ids"
+        if mask is not None and not (torch.is_tensor(mask) and mask.ndim == 2):
+            return "the attention mask is not the usual (batch, tokens) one"
+        if self.pruner.method.when == "decode":
+            return None  # prompts are read densely, whatever is asked of them
         if kwargs.get("labels") is not None and self.handle.enabled:
             raise ValueError(
                 f"{self.pruner.method.name()} drops tokens of the prompt, so a loss over it means nothing; call the model "
@@ -366,15 +420,18 @@ class Session:
             return "logits of every prompt token were asked for; prune under generate(), or pass logits_to_keep=1"
         if kwargs.get("output_hidden_states"):
             return "the hidden states of every prompt token were asked for"
-        if mask is not None and not (torch.is_tensor(mask) and mask.ndim == 2):
-            return "the attention mask is not the usual (batch, tokens) one"
         return None
 
     def _after(self, model: Any, args: Any, output: Any) -> None:
+        if self.pruner.method.cache == "static" and torch.compiler.is_compiling():
+            return
         self._clock.close()
         done = self.pruner.end()
         self._seen.clear()
-        self._given = None
+        if self._prompt is None:
+            self._given = None
+        if done is not None and done.evicted is not None:
+            done = done.evicted
         if done is None or not (done.prunes or done.visual.any()):
             return
         layers = len(self.pruner.layers)
@@ -403,10 +460,18 @@ class Session:
         mine["kept at last"] = float(table[-1].sum())
         mine["mean over layers"] = float(table[1:].mean(dim=0).sum())
         dense = [cost.prefill([float(table[0, b] + rest[b])] * layers) for b in range(rows)]
-        fast = [cost.prefill([float(v + rest[b]) for v in table[1:, b]]) for b in range(rows)]
+        read = dense if self.pruner.method.when == "decode" else None
+        fast = read or [cost.prefill([float(v + rest[b]) for v in table[1:, b]]) for b in range(rows)]
         mine["prefill operations, of dense"] = sum(f / d for f, d in zip(fast, dense, strict=True))
-        mine["cache of the prompt, KiB"] = cost.cache_bytes(float((table[1:] + rest).sum())) / 1024
-        mine["cache of the prompt, dense, KiB"] = cost.cache_bytes(float(layers * (table[0] + rest).sum())) / 1024
+        if self.pruner.method.cache == "static":  # what is allocated, which is what a cache of fixed size costs
+            places = [layer.keys.shape[-2] for layer in done.cache.layers]
+            mine["cache of fixed size, KiB"] = rows * cost.cache_bytes(sum(places)) / 1024
+            mine["cache of fixed size, dense, KiB"] = (
+                rows * cost.cache_bytes(layers * done.cache.get_max_length()) / 1024
+            )
+        else:
+            mine["cache of the prompt, KiB"] = cost.cache_bytes(float((table[1:] + rest).sum())) / 1024
+            mine["cache of the prompt, dense, KiB"] = cost.cache_bytes(float(layers * (table[0] + rest).sum())) / 1024
         self._prompts += rows
         for name, value in mine.items():
             self._totals[name] = self._totals.get(name, 0.0) + value
@@ -415,3 +480,10 @@ class Session:
         for layer in range(layers):
             share = table[1 + layer] / table[0].clamp(min=1)
             recorder.densities[layer].append(float(share.mean()))
+
+
+def refuse_compiled_prefill(name: str) -> None:
+    raise UnsupportedModel(
+        f"{name} chooses tokens while a prompt is read, which cannot be compiled; read it uncompiled, as "
+        'generate(cache_implementation="static") does, or compile decoding steps alone'
+    )

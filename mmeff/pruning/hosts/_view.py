@@ -98,7 +98,7 @@ class View:
                 raise RuntimeError(f"layer {self.point.layer - 1} has not run in this pass")
             index, (args, given) = now.scored
             hidden, rotary = args[0], given["position_embeddings"]
-            new = now.cache.layers[index].keys.transpose(1, 2) if now.cache is not None else None
+            new = keys_of(now.cache.layers[index]).transpose(1, 2) if now.cache is not None else None
         layer = self.pruner.layers[index]
         picked = hidden.gather(1, slots[..., None].expand(-1, -1, hidden.shape[-1]))
         q = project(layer, "q", picked, *(gather_rows(x, slots, dim=1) for x in rotary))
@@ -107,7 +107,7 @@ class View:
             k = project(layer, "k", hidden, *rotary)
             past = None if now.cache is None or index >= len(now.cache.layers) else now.cache.layers[index]
             if where == "next" and past is not None and past.is_initialized and past.keys.numel():
-                k = torch.cat([past.keys.transpose(1, 2), k], dim=1)
+                k = torch.cat([keys_of(past).transpose(1, 2), k], dim=1)
         before = k.shape[1] - hidden.shape[1]
         visible = now.real.gather(1, now.cur) & now.alive
         if before:
@@ -218,7 +218,7 @@ def visible_before(now: Pass, index: int, count: int) -> Tensor:
     """Which keys of earlier turns may be looked at, (B, count): not their padding, and not their filler."""
     past, batch, device = now.past_real, len(now.cur), now.cur.device
     ledger = now.cache.layers[index]
-    if not hasattr(ledger, "columns"):
+    if getattr(ledger, "cols", None) is None:
         return torch.ones(batch, count, dtype=torch.bool, device=device) if past is None else past[:, :count]
     if ledger.seen > now.base:  # the chunk is in the ledger already
         cols, valid = ledger.cols, ledger.valid
@@ -226,6 +226,12 @@ def visible_before(now: Pass, index: int, count: int) -> Tensor:
         nothing = now.cur[:, :0]
         cols, valid = ledger.columns(now.base, nothing, nothing.bool())
     return valid[:, :count] if past is None else past.gather(1, cols[:, :count]) & valid[:, :count]
+
+
+def keys_of(layer: Any) -> Tensor:
+    """(B, H, keys, D): the keys that a cache layer holds; one of fixed size has room for more."""
+    length = getattr(layer, "cumulative_length", None)
+    return layer.keys if length is None else layer.keys[:, :, : int(length)]
 
 
 def gather_rows(x: Tensor, rows: Tensor, *, dim: int) -> Tensor:
