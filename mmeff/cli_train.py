@@ -1,7 +1,8 @@
 """`mmeff train`: fine-tune a video pipeline under a sparse method, and train the embedded tiny models again.
 
 `video` is for your own model and clips. `tiny-long` and `tiny-vmoba` show the same on the tiny model and measure what they
-claim; `tiny-vlm` and `tiny-video` make the models that the library carries and judge them by their gates.
+claim; `tiny-vlm`, `tiny-video-vlm`, `tiny-vla` and `tiny-video` make the models that the library carries and judge them by
+their gates. `cacovid` trains the policy of a pruning method on one of them.
 """
 
 from __future__ import annotations
@@ -207,6 +208,66 @@ def train_tiny_vlm(
     _gate_exit(gate, out)
 
 
+@train_app.command("tiny-video-vlm")
+def train_tiny_video_vlm(
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the finished model.")] = Path(
+        "runs/tiny-video-vlm"
+    ),
+    work: Work = Path("runs/train-tiny-video-vlm"),
+    see_steps: Annotated[int | None, typer.Option(help="Steps of stage 1, the vision tower.")] = None,
+    follow_steps: Annotated[int | None, typer.Option(help="Steps of stage 2, clips of one object.")] = None,
+    read_steps: Annotated[int | None, typer.Option(help="Steps of stage 3, clips of up to three.")] = None,
+    join_steps: Annotated[int | None, typer.Option(help="Steps of stage 4, all tokens.")] = None,
+    seed: Seed = 1,
+) -> None:
+    """Train the tiny LLaVA model for clips from tiny-vlm, run its acceptance gate, write the folder with its card."""
+    from mmeff.training import reexec_with_cpu_environment
+
+    reexec_with_cpu_environment()
+    from mmeff.evaluation import gates
+    from mmeff.tiny import train_video_vlm
+    from mmeff.tiny.export import export_video_vlm
+
+    budget: dict[str, Any] = {
+        "see_steps": see_steps, "follow_steps": follow_steps, "read_steps": read_steps, "join_steps": join_steps,
+    }  # fmt: skip
+    recipe = replace(train_video_vlm.VideoVlmRecipe(seed=seed), **{k: v for k, v in budget.items() if v is not None})
+    net = train_video_vlm.train(recipe, work, progress=_print_step)
+    export_video_vlm(net, out)
+    gate = gates.video_vlm_gate(out, say=print)
+    gates.seal_video_vlm(out, recipe, gate)
+    _gate_exit(gate, out)
+
+
+@train_app.command("tiny-vla")
+def train_tiny_vla(
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the finished model.")] = Path("runs/tiny-vla"),
+    work: Work = Path("runs/train-tiny-vla"),
+    see_steps: Annotated[int | None, typer.Option(help="Steps of stage 1, the vision tower.")] = None,
+    read_steps: Annotated[int | None, typer.Option(help="Steps of stage 2, the language model.")] = None,
+    join_steps: Annotated[int | None, typer.Option(help="Steps of stage 3, everything.")] = None,
+    drop_steps: Annotated[int | None, typer.Option(help="Steps of stage 4, with tokens dropped.")] = None,
+    seed: Seed = 1,
+) -> None:
+    """Train the tiny policy from the tiny VLM, let it act in its acceptance gate, write the model folder with its card."""
+    from mmeff.training import reexec_with_cpu_environment
+
+    reexec_with_cpu_environment()
+    from mmeff.evaluation import gates_vla
+    from mmeff.tiny import train_vla
+    from mmeff.tiny.export import export_vla
+
+    budget: dict[str, Any] = {
+        "see_steps": see_steps, "read_steps": read_steps, "join_steps": join_steps, "drop_steps": drop_steps,
+    }  # fmt: skip
+    recipe = replace(train_vla.VlaRecipe(seed=seed), **{k: v for k, v in budget.items() if v is not None})
+    net = train_vla.train(recipe, work, progress=_print_step)
+    export_vla(net, out)
+    gate = gates_vla.vla_gate(out, say=print)
+    gates_vla.seal_vla(out, recipe, gate)
+    _gate_exit(gate, out)
+
+
 @train_app.command("tiny-video")
 def train_tiny_video(
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the finished model.")] = Path("runs/tiny-video"),
@@ -230,6 +291,59 @@ def train_tiny_video(
     gate = gates.video_gate(out, say=print)
     gates.seal_video(out, recipe, gate)
     _gate_exit(gate, out)
+
+
+@train_app.command("cacovid")
+def train_cacovid_policy(
+    model: Annotated[
+        str, typer.Option("--model", "-m", help="tiny-video-vlm, or a folder that `mmeff train tiny-video-vlm` wrote.")
+    ] = "tiny-video-vlm",
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the policy, its curve and card.")] = Path(
+        "runs/cacovid-policy"
+    ),
+    work: Work = Path("runs/train-cacovid"),
+    questions: Annotated[int, typer.Option(help="Questions, a new clip each.")] = 400,
+    reward: Annotated[str, typer.Option(help="likelihood of the gold answer, or exact.")] = "likelihood",
+    updates: Annotated[int, typer.Option(help="Updates of a question.")] = 5,
+    token_masks: Annotated[int, typer.Option(help="Masks of an update that the token head draws.")] = 23,
+    frame_masks: Annotated[int, typer.Option(help="Masks of an update that the frame head draws.")] = 8,
+    lr: Annotated[float, typer.Option(help="Learning rate of the heads.")] = 1e-3,
+    held_out: Annotated[int, typer.Option(help="Questions that are never trained on.")] = 64,
+    held_out_every: Annotated[int, typer.Option(help="Questions between two held-out figures.")] = 100,
+    keep: Annotated[float, typer.Option(help="Video tokens kept in held-out figures, as a fraction.")] = 0.25,
+    checkpoint_every: Annotated[int, typer.Option(help="Questions between two checkpoints.")] = 100,
+    seed: Seed = 42,
+) -> None:
+    """Train CaCoVID's policy on the tiny video VLM, which stays as it is, with questions about generated clips.
+
+        mmeff ask "which way does the red circle move ?" -m tiny-video-vlm --video clip.mp4 --video-frames 8 \\
+            --method cacovid --set policy=runs/cacovid-policy
+    """
+    from mmeff.training import reexec_with_cpu_environment
+
+    reexec_with_cpu_environment()
+    from mmeff.pipelines.loading import load
+    from mmeff.pipelines.train_cacovid import CaCoVIDRecipe, train_cacovid
+    from mmeff.pipelines.train_cacovid_clips import ClipQuestions
+    from mmeff.tiny import motions
+
+    recipe = CaCoVIDRecipe.small(
+        reward=reward, questions=questions, updates=updates, token_masks=token_masks, frame_masks=frame_masks, lr=lr,
+        held_out_every=held_out_every, held_out_keep=keep, checkpoint_every=checkpoint_every, seed=seed,
+    )  # fmt: skip
+    loaded = load(model, device="cpu", dtype="float32")
+    vision = getattr(getattr(loaded.model, "config", None), "vision_config", None)
+    if getattr(vision, "image_size", None) != motions.SIZE:
+        raise ValueError(
+            f"the questions are about clips of {motions.SIZE} x {motions.SIZE} pixels, which {model} does not look at; pass "
+            "tiny-video-vlm, or train on other questions through mmeff.pipelines.train_cacovid"
+        )
+    asked = ClipQuestions(loaded.processor, held_out=held_out)
+    done = train_cacovid(loaded.model, asked, recipe, work, out=out, progress=_print_step)
+    print(
+        f"held-out answers at {keep:g} of the tokens: probability {done.held_out[0][1]:.4f} before, {done.figure('held_out'):.4f} "
+        f"after, {done.figure('even'):.4f} with as many spread evenly; policy: {out}"
+    )
 
 
 def _method(

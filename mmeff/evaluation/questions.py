@@ -11,7 +11,9 @@ import numpy as np
 import torch
 
 from mmeff import training
-from mmeff.tiny import scenes
+from mmeff.tiny import motions, scenes
+
+Turn = tuple[list[Any], str, scenes.Question]  # pictures, prompt, and what is right
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +68,22 @@ def chat(processor: Any, question: str, images: int) -> str:
     return "<image>" * images + f"\n{question}"
 
 
+def scene_turns(seed: int, index: int, batch: int) -> list[Turn]:
+    """A question about each scene of batch `index` of the split `seed`."""
+    drawn, chance = scenes.sample(seed, index, batch), training.rng(seed, index, stream=1)
+    asked = [scenes.ask(drawn, b, chance, 1)[0] for b in range(batch)]
+    return [([picture(x)], q.text, q) for x, q in zip(drawn.images, asked, strict=True)]
+
+
+def motion_turns(seed: int, index: int, batch: int) -> list[Turn]:
+    """A question about each clip of batch `index` of the split `seed`; its frames are the pictures."""
+    drawn, chance = motions.sample(seed, index, batch), training.rng(seed, index, stream=1)
+    asked = [motions.ask(drawn, b, chance, 1)[0] for b in range(batch)]
+    return [
+        ([picture(x) for x in video], motions.prompt(q.text), q) for video, q in zip(drawn.videos, asked, strict=True)
+    ]
+
+
 def ask_scenes(
     model: Any, processor: Any, *, seed: int, count: int, batch: int = 32,
     progress: Callable[[int, int], None] | None = None,
@@ -75,19 +93,30 @@ def ask_scenes(
     Args:
         seed: the split of `mmeff.tiny.scenes`. count: questions; batch: how many are generated together.
     """
+    return _ask(model, processor, lambda index: scene_turns(seed, index, batch), count, batch, progress)
+
+
+def ask_motions(
+    model: Any, processor: Any, *, seed: int, count: int, batch: int = 16,
+    progress: Callable[[int, int], None] | None = None,
+) -> Accuracy:  # fmt: skip
+    """Ask `count` generated questions, one per clip of `mmeff.tiny.motions`; see `ask_scenes`."""
+    return _ask(model, processor, lambda index: motion_turns(seed, index, batch), count, batch, progress)
+
+
+def _ask(
+    model: Any, processor: Any, draw: Callable[[int], list[Turn]], count: int, batch: int,
+    progress: Callable[[int, int], None] | None,
+) -> Accuracy:  # fmt: skip
+    """Ask the turns of batch after batch, `count` in all."""
     hits: dict[str, list[bool]] = defaultdict(list)
     for start in range(0, count, batch):
-        size = min(batch, count - start)
-        drawn = scenes.sample(seed, start // batch, batch)
-        draw = training.rng(seed, start // batch, stream=1)
-        asked = [scenes.ask(drawn, b, draw, 1)[0] for b in range(batch)][:size]
-        said = answer(
-            model, processor, [[picture(x)] for x in drawn.images[:size]], [q.text for q in asked], new_tokens=3
-        )
-        for question, text in zip(asked, said, strict=True):
+        turns = draw(start // batch)[: count - start]
+        said = answer(model, processor, [t[0] for t in turns], [t[1] for t in turns], new_tokens=3)
+        for (_, _, question), text in zip(turns, said, strict=True):
             hits[question.kind].append(text == question.answer)
         if progress:
-            progress(start + size, count)
+            progress(start + len(turns), count)
     every = [h for values in hits.values() for h in values]
     return Accuracy(
         questions=len(every),

@@ -1,7 +1,7 @@
 """Small models trained in this project on generated scenes, so that quality can be measured without any download.
 
-They are stock classes: a LLaVA model with its processor, and a Wan pipeline. Their weights lie in `data/` of the repository
-and inside the wheel. They validate code and cost curves; they never say which method is better on a real model.
+They are stock classes: LLaVA models for pictures, for clips and for actions with their processors, and a Wan pipeline. Their
+weights lie in `data/` of the repository and inside the wheel. They validate code and cost curves; they never say which method is better on a real model.
 """
 
 from __future__ import annotations
@@ -34,6 +34,22 @@ def vlm(*, device: str = "cpu", attention: str = "sdpa") -> tuple[Any, Any]:
     return load_vlm(data_folder() / "tiny-vlm", device=device, attention=attention)
 
 
+def video_vlm(*, device: str = "cpu", attention: str = "sdpa") -> tuple[Any, Any]:
+    """The embedded LLaVA model that answers questions about clips of eight frames, and its processor; see `vlm`.
+
+    Every frame is one image of the prompt: `mmeff.tiny.motions.prompt`, or the processor's chat template, writes it.
+    """
+    return load_vlm(data_folder() / "tiny-video-vlm", device=device, attention=attention)
+
+
+def vla(*, device: str = "cpu", attention: str = "sdpa") -> tuple[Any, Any]:
+    """The embedded LLaVA model that acts in `mmeff.tiny.manipulation`, and its processor; see `vlm`.
+
+    `mmeff.evaluation.closed_loop.closed_loop` lets it act.
+    """
+    return load_vla(data_folder() / "tiny-vla", device=device, attention=attention)
+
+
 def load_vlm(folder: str | Path, *, device: str = "cpu", attention: str = "sdpa") -> tuple[Any, Any]:
     """A tiny VLM from its folder; see `vlm`."""
     import torch
@@ -42,6 +58,9 @@ def load_vlm(folder: str | Path, *, device: str = "cpu", attention: str = "sdpa"
     model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32, attn_implementation=attention)
     model.mmeff_note = NOTE
     return model.to(device).eval(), AutoProcessor.from_pretrained(folder)
+
+
+load_vla = load_vlm  # the same classes
 
 
 def video_pipeline(*, device: str = "cpu") -> Any:

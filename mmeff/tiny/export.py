@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from mmeff.tiny import codec, video_model, vlm_model
+from mmeff.tiny import codec, video_model, video_vlm_model, vla_model, vlm_model
 
 LIMIT = 5 * 2**20  # bytes a committed model may have
 HASHES = "SHA256SUMS"
@@ -20,11 +20,24 @@ HASHES = "SHA256SUMS"
 
 def export_vlm(net: Any, folder: str | Path) -> Path:
     """Save a trained LLaVA model and its processor; float16 on disk."""
+    return _export_llava(net, vlm_model.processor(), folder)
 
+
+def export_video_vlm(net: Any, folder: str | Path) -> Path:
+    """Save a trained video VLM and its processor; float16 on disk."""
+    return _export_llava(net, video_vlm_model.processor(), folder)
+
+
+def export_vla(net: Any, folder: str | Path) -> Path:
+    """Save a trained VLA and its processor; float16 on disk."""
+    return _export_llava(net, vla_model.processor(), folder)
+
+
+def _export_llava(net: Any, processor: Any, folder: str | Path) -> Path:
     def write(draft: Path) -> None:
         torch.nn.Module.half(net)
         net.save_pretrained(draft)
-        vlm_model.processor().save_pretrained(draft)
+        processor.save_pretrained(draft)
         net.float()
 
     return _replace(Path(folder), write)
@@ -77,14 +90,15 @@ def seal(folder: str | Path, card: str, gate: dict[str, Any]) -> None:
     (folder / HASHES).write_text("".join(f"{digest}  {name}\n" for name, digest in sorted(hashes(folder).items())))
 
 
+def digest(path: Path) -> str:
+    """SHA-256 of a file."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
 def hashes(folder: str | Path) -> dict[str, str]:
     """SHA-256 of every file of a folder but the hash list itself, by relative name."""
     folder = Path(folder)
-    return {
-        p.relative_to(folder).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest()
-        for p in folder.rglob("*")
-        if p.is_file() and p.name != HASHES
-    }
+    return {p.relative_to(folder).as_posix(): digest(p) for p in folder.rglob("*") if p.is_file() and p.name != HASHES}
 
 
 def verify(folder: str | Path) -> None:

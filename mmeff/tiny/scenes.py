@@ -74,16 +74,15 @@ def sample(seed: int, index: int, batch: int) -> Scenes:
     radius = rng.uniform(*RADIUS, size=(batch, 5)).astype(np.float32)
     centre = np.stack([_place(rng, count[b], radius[b]) for b in range(batch)])
 
-    images = _background(rng, batch)
-    _clutter(rng, images)
+    images = background(rng, batch)
+    clutter(rng, images)
     owner = np.full((batch, SIZE, SIZE), -1, dtype=np.int64)
-    ink = np.array(list(COLOURS.values()), dtype=np.float32)[colour]
-    ink = np.clip(ink * rng.uniform(0.88, 1.0, size=(batch, 5, 1)) + rng.uniform(-0.04, 0.04, size=(batch, 5, 3)), 0, 1)
+    shade = ink(rng, colour)
     for b in range(batch):
         for o in range(count[b]):
-            rows, columns, cover = _cover(shape[b, o], centre[b, o], radius[b, o])
+            rows, columns, cover = coverage(shape[b, o], centre[b, o], radius[b, o])
             window = images[b, rows, columns]
-            window += (ink[b, o].astype(np.float32) - window) * cover[..., None]
+            window += (shade[b, o] - window) * cover[..., None]
             owner[b, rows, columns][cover > 0.5] = o
     images += rng.normal(0, 0.015, size=images.shape).astype(np.float32)
     return Scenes(
@@ -109,11 +108,18 @@ def _place(rng: np.random.Generator, count: int, radius: np.ndarray) -> np.ndarr
                 placed += 1
 
 
-def _background(rng: np.random.Generator, batch: int) -> np.ndarray:
-    """Muted colour with smooth waves, (B, 96, 96, 3)."""
+def ink(rng: np.random.Generator, colour: np.ndarray) -> np.ndarray:
+    """Slightly varied float32 shades (B, O, 3) of the colours (B, O)."""
+    plain = np.array(list(COLOURS.values()), dtype=np.float32)[colour]
+    dimmed = plain * rng.uniform(0.88, 1.0, size=(*colour.shape, 1))
+    return np.clip(dimmed + rng.uniform(-0.04, 0.04, size=(*colour.shape, 3)), 0, 1).astype(np.float32)
+
+
+def background(rng: np.random.Generator, batch: int, *, size: int = SIZE) -> np.ndarray:
+    """Muted colour with smooth waves, (B, size, size, 3)."""
     base = rng.uniform(0.25, 0.55, size=(batch, 1, 1, 3)).astype(np.float32)
-    axis = np.linspace(0, 2 * np.pi, SIZE, dtype=np.float32)
-    wave = np.zeros((batch, SIZE, SIZE), dtype=np.float32)
+    axis = np.linspace(0, 2 * np.pi, size, dtype=np.float32)
+    wave = np.zeros((batch, size, size), dtype=np.float32)
     for _ in range(3):
         fy, fx = rng.uniform(-5, 5, size=(2, batch, 1)).astype(np.float32)
         phase = rng.uniform(0, 2 * np.pi, size=(batch, 1, 1)).astype(np.float32)
@@ -122,25 +128,26 @@ def _background(rng: np.random.Generator, batch: int) -> np.ndarray:
     return base + 0.035 * wave[..., None] * tint
 
 
-def _clutter(rng: np.random.Generator, images: np.ndarray) -> None:
+def clutter(rng: np.random.Generator, images: np.ndarray) -> None:
     """Small coloured dots, too small to be objects, drawn in place."""
     palette = np.array(list(COLOURS.values()), dtype=np.float32)
+    size = images.shape[1]
     for image in images:
         for _ in range(rng.integers(3, 8)):
             r = rng.uniform(1.0, 2.0)
-            y, x = rng.uniform(3, SIZE - 3, size=2)
-            rows, columns, cover = _cover(0, np.array([y, x]), r)
+            y, x = rng.uniform(3, size - 3, size=2)
+            rows, columns, cover = coverage(0, np.array([y, x]), r, size=size)
             window = image[rows, columns]
             window += (palette[rng.integers(len(palette))] - window) * (0.8 * cover)[..., None]
 
 
-def _cover(shape: int, centre: np.ndarray, radius: float) -> tuple[slice, slice, np.ndarray]:
-    """The rows and columns that a shape can touch, and its anti-aliased coverage there."""
+def coverage(shape: int, centre: np.ndarray, radius: float, *, size: int = SIZE) -> tuple[slice, slice, np.ndarray]:
+    """The rows and columns of a picture that a shape can touch, and its anti-aliased coverage there."""
     reach = int(np.ceil(radius)) + 1
     spans = []
     for c in centre:
         middle = int(c)
-        spans.append(slice(max(0, middle - reach), min(SIZE, middle + reach + 1)))
+        spans.append(slice(max(0, middle - reach), min(size, middle + reach + 1)))
     dy = (np.arange(spans[0].start, spans[0].stop) + 0.5 - centre[0])[:, None]
     dx = (np.arange(spans[1].start, spans[1].stop) + 0.5 - centre[1])[None, :]
     ay, ax = np.abs(dy), np.abs(dx)
@@ -156,9 +163,9 @@ def _cover(shape: int, centre: np.ndarray, radius: float) -> tuple[slice, slice,
     return spans[0], spans[1], np.clip(0.5 - distance, 0.0, 1.0).astype(np.float32)
 
 
-def quadrant(centre: np.ndarray) -> np.ndarray:
-    """The index into QUADRANTS of centres (..., 2)."""
-    return 2 * (centre[..., 0] > SIZE / 2) + (centre[..., 1] > SIZE / 2)
+def quadrant(centre: np.ndarray, *, size: int = SIZE) -> np.ndarray:
+    """The index into QUADRANTS of centres (..., 2) in a picture of `size` pixels."""
+    return 2 * (centre[..., 0] > size / 2) + (centre[..., 1] > size / 2)
 
 
 def ask(scenes: Scenes, b: int, rng: np.random.Generator, count: int) -> list[Question]:
@@ -186,7 +193,7 @@ def ask(scenes: Scenes, b: int, rng: np.random.Generator, count: int) -> list[Qu
         if ((colours == colours[o]) & (shapes == shapes[o])).sum() == 1:
             text = f"where is the {names[colours[o]]} {SHAPES[shapes[o]]} ?"
             options["where"].append(Question(text, QUADRANTS[places[o]], "where"))
-    options["exists"] = _existence(colours, shapes, rng)
+    options["exists"] = existence(colours, shapes, rng)
     kinds = [kind for kind in KINDS if options[kind]]
     questions = []
     for pick in rng.integers(len(kinds), size=count):
@@ -195,7 +202,7 @@ def ask(scenes: Scenes, b: int, rng: np.random.Generator, count: int) -> list[Qu
     return questions
 
 
-def _existence(colours: np.ndarray, shapes: np.ndarray, rng: np.random.Generator) -> list[Question]:
+def existence(colours: np.ndarray, shapes: np.ndarray, rng: np.random.Generator) -> list[Question]:
     """One true and one false statement; the false one joins a colour and a shape that are both there, where it can."""
     names = list(COLOURS)
     present = {(int(c), int(s)) for c, s in zip(colours, shapes, strict=True)}

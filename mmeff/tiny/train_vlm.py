@@ -89,11 +89,12 @@ class Eye(nn.Module):
 
 def patch_truth(batch: scenes.Scenes) -> dict[str, torch.Tensor]:
     """Targets of the auxiliary heads, from the scenes' own geometry."""
-    b, side, p = len(batch), vlm_model.SIDE, vlm_model.PATCH
+    b, p = len(batch), vlm_model.PATCH
+    side = batch.owner.shape[1] // p
     owner = (
         torch.from_numpy(batch.owner).reshape(b, side, p, side, p).permute(0, 1, 3, 2, 4).reshape(b, side * side, p * p)
     )
-    share = torch.stack([(owner == o).float().mean(-1) for o in range(5)], dim=-1)  # (B, V, 5)
+    share = torch.stack([(owner == o).float().mean(-1) for o in range(batch.colour.shape[1])], dim=-1)  # (B, V, O)
     most, which = share.max(dim=-1)
     on = most > 0.3
     colours = torch.from_numpy(batch.colour).gather(1, which)
@@ -114,6 +115,7 @@ def patch_truth(batch: scenes.Scenes) -> dict[str, torch.Tensor]:
         "centre": centre,
         "whole": whole,
         "object": on.float(),
+        "owner": which,
     }
 
 
@@ -126,9 +128,9 @@ class Packed:
     questions: list[list[scenes.Question]]
 
 
-def pack(batch: scenes.Scenes, rng: np.random.Generator, count: int, words: Any) -> Packed:
-    """Draw and tokenise `count` questions for every scene."""
-    questions = [scenes.ask(batch, b, rng, count) for b in range(len(batch))]
+def pack(batch: Any, rng: np.random.Generator, count: int, words: Any, *, ask: Any = scenes.ask) -> Packed:
+    """Draw and tokenise `count` questions for every scene, or whatever else `ask` knows how to ask about."""
+    questions = [ask(batch, b, rng, count) for b in range(len(batch))]
     vocabulary = words.get_vocab()
     ids = torch.full((len(batch), count, SEGMENT), PAD)
     answer = torch.zeros(len(batch), count, SEGMENT, dtype=torch.bool)
@@ -149,29 +151,42 @@ def read(net: Any, features: torch.Tensor, packed: Packed, keep: torch.Tensor | 
         keep: original indices (B, K) of the visual tokens that the language model sees, sorted; None keeps all. Kept tokens
             keep their original positions.
     """
-    batch, questions, _ = packed.ids.shape
+    batch = len(packed.ids)
     places = torch.arange(vlm_model.VISUAL).expand(batch, -1) if keep is None else keep
     if keep is not None:
         features = features.gather(1, keep[..., None].expand(-1, -1, features.shape[-1]))
-    embed = net.model.language_model.embed_tokens
-    first = embed(torch.full((batch, 1), vlm_model.SPECIAL.index("<s>")))
-    asked = embed(packed.ids.flatten(1))
-    prefix = 1 + places.shape[1]
-    total = prefix + questions * SEGMENT
-    row = torch.arange(total)
-    segment = torch.where(row < prefix, -1, (row - prefix) // SEGMENT)
+    first = net.model.language_model.embed_tokens(torch.full((batch, 1), vlm_model.SPECIAL.index("<s>")))
+    places = torch.cat([torch.zeros(batch, 1, dtype=torch.long), places + 1], dim=1)
+    return read_behind(net, torch.cat([first, features], dim=1), places, packed, first=FIRST)[0]
+
+
+def read_behind(
+    net: Any, prefix: torch.Tensor, places: torch.Tensor, packed: Packed, *, first: int
+) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+    """Read packed questions behind a common prefix: each sees the prefix and itself, at the positions it would have alone.
+
+    Args:
+        prefix: embeddings (B, P, C) in front of the questions; places: their positions (B, P), rising.
+        first: position of a question's first token.
+    Returns:
+        logits (B, Q, SEGMENT, vocabulary), and the prefix's hidden states (B, P, C) before and after every layer.
+    """
+    batch, questions, _ = packed.ids.shape
+    asked = net.model.language_model.embed_tokens(packed.ids.flatten(1))
+    length = prefix.shape[1]
+    row = torch.arange(length + questions * SEGMENT)
+    segment = torch.where(row < length, -1, (row - length) // SEGMENT)
     visible = (row[:, None] >= row[None]) & ((segment[None] == -1) | (segment[:, None] == segment[None]))
-    positions = torch.cat(
-        [torch.zeros(batch, 1, dtype=torch.long), places + 1,
-         (FIRST + torch.arange(SEGMENT)).repeat(questions).expand(batch, -1)], dim=1
-    )  # fmt: skip
-    hidden = net.model.language_model(
-        inputs_embeds=torch.cat([first, features, asked], dim=1),
+    positions = (first + torch.arange(SEGMENT)).repeat(questions).expand(batch, -1)
+    out = net.model.language_model(
+        inputs_embeds=torch.cat([prefix, asked], dim=1),
         attention_mask=visible[None, None].expand(batch, 1, -1, -1),
-        position_ids=positions,
+        position_ids=torch.cat([places, positions], dim=1),
         use_cache=False,
-    ).last_hidden_state
-    return net.lm_head(hidden[:, prefix:]).unflatten(1, (questions, SEGMENT))
+        output_hidden_states=True,
+    )
+    logits = net.lm_head(out.last_hidden_state[:, length:]).unflatten(1, (questions, SEGMENT))
+    return logits, tuple(state[:, :length] for state in out.hidden_states)
 
 
 def answer_loss(logits: torch.Tensor, packed: Packed) -> tuple[torch.Tensor, torch.Tensor]:

@@ -20,12 +20,12 @@ CHAT_TEMPLATE = (
 )
 
 
-def tokenizer() -> Any:
-    """Word level over the vocabulary of `scenes`; `<s>` is put in front, unknown words become <unk>."""
+def tokenizer(known: list[str] | None = None) -> Any:
+    """Word level over the words `known`, those of `scenes` by default; `<s>` is put in front, others become <unk>."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
-    vocabulary = {w: i for i, w in enumerate([*SPECIAL, *scenes.words()])}
+    vocabulary = {w: i for i, w in enumerate([*SPECIAL, *(known or scenes.words())])}
     core = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.Whitespace()
     core.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
@@ -41,33 +41,33 @@ def tokenizer() -> Any:
     return words
 
 
-def processor() -> Any:
-    """The stock LLaVA processor for 96 x 96 pictures."""
+def processor(*, size: int = scenes.SIZE, known: list[str] | None = None, template: str = CHAT_TEMPLATE) -> Any:
+    """The stock LLaVA processor for square pictures of `size` pixels."""
     from transformers import CLIPImageProcessor, LlavaProcessor
 
     images = CLIPImageProcessor(
-        size={"shortest_edge": scenes.SIZE},
-        crop_size={"height": scenes.SIZE, "width": scenes.SIZE},
+        size={"shortest_edge": size},
+        crop_size={"height": size, "width": size},
         image_mean=[0.5] * 3,
         image_std=[0.5] * 3,
     )
     return LlavaProcessor(
         image_processor=images,
-        tokenizer=tokenizer(),
+        tokenizer=tokenizer(known),
         patch_size=PATCH,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
-        chat_template=CHAT_TEMPLATE,
+        chat_template=template,
     )
 
 
-def model() -> Any:
-    """The untrained network: CLIP vision of 4 layers, LLaVA's two-layer projector, Llama of 6 layers."""
+def model(*, size: int = scenes.SIZE) -> Any:
+    """The untrained network for `size` pixels: CLIP vision of 4 layers, LLaVA's two-layer projector, Llama of 6 layers."""
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
     config = LlavaConfig(
         vision_config=CLIPVisionConfig(
-            image_size=scenes.SIZE,
+            image_size=size,
             patch_size=PATCH,
             hidden_size=DIM,
             intermediate_size=2 * DIM,
@@ -89,7 +89,7 @@ def model() -> Any:
             tie_word_embeddings=False,
         ),
         image_token_id=SPECIAL.index("<image>"),
-        image_seq_length=VISUAL,
+        image_seq_length=(size // PATCH) ** 2,
         vision_feature_layer=-2,
         vision_feature_select_strategy="default",
         tie_word_embeddings=False,
@@ -100,7 +100,7 @@ def model() -> Any:
     net.generation_config.eos_token_id = 2
     with torch.no_grad():
         table = net.model.vision_tower.embeddings.position_embedding.weight
-        table[1:] = _sincos_2d(SIDE, DIM) * 0.5
+        table[1:] = _sincos_2d(size // PATCH, DIM) * 0.5
     return net
 
 
@@ -116,6 +116,6 @@ def _sincos_2d(side: int, dim: int) -> torch.Tensor:
 
 
 def pixels(images: Any) -> torch.Tensor:
-    """What the processor makes of pictures (B, 96, 96, 3) in [0, 1]: rounded to bytes, scaled to [-1, 1], (B, 3, 96, 96)."""
+    """What the processor makes of pictures (B, h, w, 3) in [0, 1]: rounded to bytes, scaled to [-1, 1], (B, 3, h, w)."""
     x = torch.as_tensor(images)
     return ((x * 255).round() / 127.5 - 1).permute(0, 3, 1, 2).contiguous()
