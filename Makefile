@@ -8,7 +8,7 @@ BIN   := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help venv run test lint format docs train-vlm train-video clean
+.PHONY: help venv run test lint format docs train-vlm train-video-vlm train-vla train-video clean
 
 help: ## print the targets
 	@echo "make <target>, where <target> is one of"
@@ -59,6 +59,12 @@ docs: $(STAMP) ## write the tables of methods into README.md and docs/methods.md
 
 train-vlm: $(STAMP) ## train the tiny vision-language model, resumable, into runs/tiny-vlm
 	$(BIN)/mmeff train tiny-vlm
+
+train-video-vlm: $(STAMP) ## train the tiny vision-language model of clips, resumable, into runs/tiny-video-vlm
+	$(BIN)/mmeff train tiny-video-vlm
+
+train-vla: $(STAMP) ## train the tiny policy of the manipulation task, resumable, into runs/tiny-vla
+	$(BIN)/mmeff train tiny-vla
 
 train-video: $(STAMP) ## train the tiny video model, resumable, into runs/tiny-video
 	$(BIN)/mmeff train tiny-video

@@ -1,5 +1,6 @@
 """The command line of the benchmarks, from the root of a checkout: `python -m benchmarks kernels | roofline | plot | table`
-and `video` for speed, `quality | quality-table` for what sparse attention costs.
+and `video` for speed, `quality | quality-table` for what sparse attention costs, `pruning | pruning-table` for what
+dropping visual tokens costs, `prefill` for what that gains.
 
 Exit codes: 0 fine, 1 an error that a message explains, 2 wrong usage, 5 a red gate: a backend is wrong, so nothing is timed.
 """
@@ -8,16 +9,15 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+
+from .commands_pruning import prefill, pruning, pruning_table
+from .console import err_console, out_console, positive, progress, shard_of
 
 if TYPE_CHECKING:
     from .results import Row
@@ -39,8 +39,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-out_console = Console()
-err_console = Console(stderr=True)
 
 
 @app.command()
@@ -75,9 +73,9 @@ def kernels(
     A case whose row is in the file is skipped, so that a run which was stopped, or ran out of --seconds, is continued by the
     same command. What cannot run here is a skipped row with its reason.
     """
-    _positive("--threads", threads)
-    _positive("--seconds", seconds)
-    _positive("--pair-seconds", pair_seconds)
+    positive("--threads", threads)
+    positive("--seconds", seconds)
+    positive("--pair-seconds", pair_seconds)
     if device not in ("cpu", "cuda"):
         raise ValueError(f"--device must be cpu or cuda, got {device!r}")
 
@@ -109,7 +107,7 @@ def kernels(
         again=again,
     )
     err_console.print(f"{machine.hardware}; torch {machine.environment['torch']}; results: {path}", soft_wrap=True)
-    with _progress() as tick:
+    with progress() as tick:
         outcome = runner.run(cases, machine, options, tick)
     _print_rows(outcome.rows)
     if outcome.done_before:
@@ -170,9 +168,9 @@ def video(
     if part not in ("forward", "scaling", "both"):
         raise ValueError(f"--part must be forward, scaling or both, got {part!r}")
     for name, value in (("--rounds", rounds), ("--dense-rounds", dense_rounds), ("--scaling-rounds", scaling_rounds)):
-        _positive(name, value)
-    _positive("--threads", threads)
-    _positive("--seconds", seconds)
+        positive(name, value)
+    positive("--threads", threads)
+    positive("--seconds", seconds)
     lengths, (F, H, W) = _numbers("--frames", frames, ","), _numbers("--grid", grid, "x", 3)
 
     import torch
@@ -189,7 +187,7 @@ def video(
     file = bench.File(path, results.Machine.here(torch.device("cpu"), commit))
     err_console.print(f"{file.machine.hardware}; results: {path}", soft_wrap=True)
     budget, left = bench.Budget(seconds), 0
-    with _progress() as tick:
+    with progress() as tick:
         if part != "scaling":
             sizes = bench.Sizes(layers=layers, heads=heads, grid=(F, H, W))
             left += bench.forward(
@@ -307,8 +305,8 @@ def quality(
 
     Batches of a variant whose rows are in the file are skipped, so that the same command continues.
     """
-    _positive("--seconds", seconds)
-    _positive("--threads", threads)
+    positive("--seconds", seconds)
+    positive("--threads", threads)
     import torch
 
     from . import quality as judged
@@ -318,15 +316,12 @@ def quality(
         for variant in which:
             print(f"{variant.name} | {variant.method if variant.method is not None else 'dense'}")
         return
-    part, slash, parts = shard.partition("/")
-    if not (slash and part.isdigit() and parts.isdigit()):
-        raise ValueError(f"--shard must be i/n, such as 1/2, got {shard!r}")
     torch.set_num_threads(threads)
     options = judged.Options(
-        prompts=prompts, only=tuple(only or ()), seconds=seconds, shard=(int(part), int(parts)),
+        prompts=prompts, only=tuple(only or ()), seconds=seconds, shard=shard_of(shard),
         out=out or judged.ROWS, cache=cache or judged.CACHE,
     )  # fmt: skip
-    with _progress() as tick:
+    with progress() as tick:
         outcome = judged.run(options, tick)
     for name, value in outcome.seconds.items():
         print(f"{value:7.2f} s of processor time per prompt  {name}")
@@ -360,6 +355,10 @@ def quality_table(
     err_console.print(f"{summary}\n{figure}", soft_wrap=True)
 
 
+for command in (pruning, pruning_table, prefill):
+    app.command()(command)
+
+
 def _cells(row: Row) -> list[str]:
     """One row for people, without a character that would break a Markdown table."""
     backend = row.backend if row.ran in (None, row.backend) else f"{row.backend}: {row.ran}"
@@ -386,24 +385,6 @@ def _existing(file: Path) -> Path:
     if not file.exists():
         raise FileNotFoundError(f"no results file at {file}; `python -m benchmarks kernels --out {file}` writes one")
     return file
-
-
-def _positive(name: str, value: float | None) -> None:
-    if value is not None and not value > 0:
-        raise ValueError(f"{name} must be > 0, got {value:g}")
-
-
-@contextmanager
-def _progress() -> Iterator[Callable[[str, int, int], None]]:
-    """A bar on standard error; yields the callback (what, done, total)."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=err_console, transient=True) as bar:
-        task = bar.add_task("starting", total=None)
-
-        def tick(what: str, done: int, total: int) -> None:
-            bar.update(task, description=escape(what[:90].ljust(90)), completed=done, total=total)
-
-        yield tick
 
 
 def main() -> None:

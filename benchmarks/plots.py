@@ -1,5 +1,5 @@
 """Figures of a results file: speedup against sparsity, a panel per dtype and block size, and one figure of all the rest;
-one of quality against density, and one of time against the length of a video.
+one of quality against density, one of time against the length of a video, and one of answers against visual tokens.
 
 A point of speed is a median of paired ratios, with a bar from the 20th to the 80th percentile. Losses are drawn like gains.
 A point of quality is a mean over prompts, with its standard error.
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+    from .pruning_table import Summary as Pruned
     from .quality_table import Summary
     from .video import Line
 
@@ -298,6 +299,76 @@ def scaling(lines: list[Line], fits: list[Line], path: Path) -> Path:
         )  # fmt: skip
         figure.savefig(path, dpi=DPI)
     return path
+
+
+# ---------------------------------------------------------------- answers against visual tokens
+
+
+def pruning(summaries: list[Pruned], path: Path) -> None:
+    """Draw exact match against the mean of visual tokens over layers: a panel per group of methods, the others pale behind.
+
+    Raises: ValueError without a method that was measured.
+    """
+    from .pruning_table import GROUPS
+
+    ran = [s for s in summaries if s.accuracy is not None and s.budget is not None]
+    if not ran:
+        raise ValueError("pruning: no method was measured; run `python -m benchmarks pruning` without --only")
+    dense = next((s for s in summaries if s.budget is None and s.accuracy is not None), None)
+    curves = {
+        label: sorted((s for s in ran if s.label == label), key=_budget)
+        for label in dict.fromkeys(s.label for s in ran)
+    }
+    groups = [g for g in GROUPS if any(s.group == g for s in ran)]
+    budgets = sorted({_budget(s) for s in ran})
+    with _figure(11.0, 4.1 * -(-len(groups) // 2) + 0.6) as figure:
+        axes = figure.subplots(-(-len(groups) // 2), 2, squeeze=False, sharex=True, sharey=True).flatten().tolist()
+        for ax, group in zip(axes, groups, strict=False):
+            ax.set_xscale("log", base=2)
+            if dense is not None and dense.accuracy is not None:
+                mean, error = dense.accuracy
+                ax.axhline(mean, color=INK, linewidth=1.1, linestyle=(0, (5, 3)), zorder=1)
+                ax.axhspan(mean - error, mean + error, color=INK, alpha=0.08, linewidth=0, zorder=0)
+                ax.annotate("dense", (0, mean), (3, 3), xycoords=("axes fraction", "data"), textcoords="offset points",
+                            fontsize=8, color=INK)  # fmt: skip
+            mine = [label for label, line in curves.items() if line[0].group == group]
+            for label, line in curves.items():
+                if label not in mine:
+                    ax.plot([_budget(s) for s in line], [s.accuracy[0] for s in line if s.accuracy], color=RULE, linewidth=1.4,
+                            marker="o", markersize=2.5, zorder=1)  # fmt: skip
+            for i, label in enumerate(mine):
+                points = [
+                    (_budget(s) * (1 + 0.03 * (i - (len(mine) - 1) / 2)), *s.accuracy)
+                    for s in curves[label]
+                    if s.accuracy
+                ]
+                x, y, bars = zip(*points, strict=True)
+                ax.errorbar(
+                    x, y, bars, label=label, color=COLOURS[i % len(COLOURS)], marker=MARKERS[i % len(MARKERS)], markersize=6,
+                    linewidth=1.7, elinewidth=1, capsize=2.5, markeredgecolor=PAPER, markeredgewidth=0.6, zorder=3,
+                )  # fmt: skip
+            ax.set_title(group, loc="left", fontsize=10.5, fontweight="bold", color=INK)
+            ax.legend(loc="best", fontsize=8.5, frameon=True, facecolor=PAPER, edgecolor="none", framealpha=0.85)
+            ax.set_xticks(budgets, [f"{100 * b:g}%" for b in budgets])
+            ax.minorticks_off()
+            ax.tick_params(labelbottom=True)
+            ax.set_xlabel("visual tokens, mean over layers")
+            ax.yaxis.set_major_formatter(lambda v, _: f"{v:.0%}")
+            ax.grid(axis="y", color=RULE, linewidth=0.8)
+        for ax in axes[len(groups) :]:
+            ax.set_visible(False)
+        for ax in axes[::2]:
+            ax.set_ylabel("exact match")
+        counts = sorted({s.questions for s in ran})
+        count = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+        subtitle = f"{count} questions per point, bars are standard errors; pale lines are the other panels'. It ranks no method for a real model."
+        _heading(figure, f"Answers against visual tokens on {ran[0].model}", subtitle)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=DPI)
+
+
+def _budget(summary: Pruned) -> float:
+    return summary.budget or 0.0
 
 
 # ---------------------------------------------------------------- style

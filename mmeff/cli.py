@@ -23,6 +23,7 @@ from rich.table import Table
 
 import mmeff
 from mmeff.cli_bench import PASS_ON, bench, calibrate
+from mmeff.cli_calibrate import calibrate_app
 from mmeff.cli_train import MISSED, train_app
 from mmeff.config import MethodConfig, describe, normalise
 from mmeff.errors import MediaError, NothingAccelerated
@@ -36,6 +37,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(train_app, name="train")
+calibrate_app.command("kernels")(calibrate)
+app.add_typer(calibrate_app, name="calibrate")
 out_console = Console()
 err_console = Console(stderr=True)
 
@@ -214,6 +217,13 @@ def compare(
     steps: Annotated[int | None, typer.Option(help="Denoising steps.  [default: 50]")] = None,
     guidance: Annotated[float | None, typer.Option(help="Classifier-free guidance scale.  [default: 5]")] = None,
     new_tokens: Annotated[int | None, typer.Option(help="Tokens generated at most per answer.  [default: 32]")] = None,
+    budget: Annotated[
+        str | None,
+        typer.Option(
+            help="Mean of visual tokens over layers, of all, for every method, such as 0.25; or native, for each method's own "
+            "setting.  [default: that of the first method, where several are compared]"
+        ),
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Noise seed.  [default: 0]")] = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -232,7 +242,7 @@ def compare(
         "seed": seed, "height": height, "width": width, "num_frames": frames, "num_inference_steps": steps,
         "guidance_scale": guidance,
     }  # fmt: skip
-    for_answers = {"new_tokens": new_tokens}
+    for_answers = {"new_tokens": new_tokens, "budget": _budget(budget)}
     if not any((model, method, config, set_, prompt, image, video)):
         _refuse(
             {**for_video, **for_answers, "video_frames": video_frames}, "the embedded run, which has its own settings;"
@@ -285,6 +295,16 @@ def _inputs(
     return inputs, {k: v for k, v in for_answers.items() if v is not None}
 
 
+def _budget(text: str | None) -> float | str | None:
+    """Raises ValueError for text that is neither a number nor native."""
+    if text in (None, "native"):
+        return text
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError(f"--budget must be a fraction such as 0.25, or native, got {text!r}") from None
+
+
 def _refuse(given: dict[str, Any], who: str) -> None:
     """Raise ValueError for settings that were typed but mean nothing to what will run."""
     typed = [name for name, value in given.items() if value is not None]
@@ -323,11 +343,11 @@ def _pictures(images: list[Path] | None, video: Path | None, count: int | None) 
 def _print_table(result: Any) -> None:
     """Variants as columns: the list of figures is long, and terminals are narrow."""
     table = Table("", *(str(row[0]) for row in result.rows), title=result.model, title_justify="left")
-    for i, figure in enumerate(result.columns[1:], start=1):
+    for i, figure in enumerate(result.columns[1:], 1):
         table.add_row(figure, *("" if row[i] is None else str(row[i]) for row in result.rows))
     out_console.print(table)
-    if result.note:
-        out_console.print(result.note, style="dim")
+    for words in filter(None, (result.remark, result.note)):
+        out_console.print(words, style="dim")
     for name in result.idle:
         err_console.print(f"{name} accelerated nothing", style="red")
 
@@ -442,7 +462,6 @@ def ask(
             print(report)
 
 
-app.command()(calibrate)
 app.command(context_settings=PASS_ON)(bench)
 
 

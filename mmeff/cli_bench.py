@@ -142,7 +142,9 @@ def _print_json(device: torch.device, found: dict[tuple[str, str], Rates], folde
     print(json.dumps({"device": str(device), "folder": str(folder), "rates": rows}, indent=1))
 
 
-Verb = Literal["kernels", "video", "quality", "roofline", "plot", "table", "quality-table"]
+Verb = Literal[
+    "kernels", "video", "quality", "pruning", "prefill", "roofline", "plot", "table", "quality-table", "pruning-table"
+]
 
 
 def bench(

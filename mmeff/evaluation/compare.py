@@ -12,8 +12,9 @@ from typing import Any
 
 from mmeff.accelerate import find_host
 from mmeff.config import MethodConfig
+from mmeff.evaluation.budget import Budget, equal_budgets
 from mmeff.evaluation.compare_video import compare_video
-from mmeff.evaluation.compare_vlm import compare_vlm
+from mmeff.evaluation.compare_vlm import checked_cases, compare_vlm
 from mmeff.evaluation.comparison import Comparison, Tick, finish, silent
 from mmeff.evaluation.run_folder import RunFolder
 from mmeff.registry import build
@@ -26,6 +27,7 @@ def compare(
     *,
     out: str | os.PathLike[str] | None = None,
     processor: Any = None,
+    budget: Budget = None,
     overwrite: bool = False,
     tick: Tick = silent,
     **settings: Any,
@@ -39,6 +41,9 @@ def compare(
             mappings with `question`, and `images` (PIL images).
         out: a folder for videos, pictures, report.json and report.html; None writes nothing.
         processor: the vision-language model's processor.
+        budget: for methods that drop visual tokens, the mean of visual tokens over layers, as a fraction of all: every method
+            is set to it. None is the budget of the first method where several methods are compared, each once; "native"
+            keeps each method's own setting. What was done is stated in the result.
         overwrite: replace a finished run in `out`.
         tick: progress callback (what, done, total).
         settings: passed on to `compare_video` or `compare_vlm`; a pipeline needs no processor.
@@ -53,11 +58,20 @@ def compare(
         raise ValueError(f"compare takes methods of one stage at a time, got {', '.join(sorted(stages))}")
     for config in configs:
         find_host(model_or_pipeline, config)  # complains before any work
-    folder = RunFolder(out, overwrite=overwrite) if out is not None else None
     if stages == {"diffusion_attn"}:
+        if budget is not None:
+            raise ValueError(
+                f"a budget is a share of visual tokens, which {configs[0].name()} does not drop; leave budget={budget!r} out"
+            )
+        folder = RunFolder(out, overwrite=overwrite) if out is not None else None
         result = compare_video(model_or_pipeline, configs, inputs, folder=folder, tick=tick, **settings)
     else:
-        result = compare_vlm(model_or_pipeline, processor, configs, inputs, folder=folder, tick=tick, **settings)
+        cases = checked_cases(processor, inputs)
+        configs, remark = equal_budgets(model_or_pipeline, configs, cases, budget)
+        folder = RunFolder(out, overwrite=overwrite) if out is not None else None
+        result = compare_vlm(
+            model_or_pipeline, processor, configs, cases, remark=remark, folder=folder, tick=tick, **settings
+        )
     if folder is not None:
         finish(folder, [result], title=f"Dense against {', '.join(dict.fromkeys(c.name() for c in configs))}")
     return result

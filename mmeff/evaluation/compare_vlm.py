@@ -10,10 +10,10 @@ import numpy as np
 
 import mmeff
 from mmeff.config import MethodConfig
-from mmeff.evaluation.comparison import Comparison, Tick, silent, slug, variant_names
+from mmeff.evaluation.compare_vlm_page import pages
+from mmeff.evaluation.comparison import Comparison, Tick, silent, variant_names
 from mmeff.evaluation.metrics import latency
-from mmeff.evaluation.page import Figure, Listing, Section, Table
-from mmeff.evaluation.pictures import kept_overlay, time_split
+from mmeff.evaluation.page import Section
 from mmeff.evaluation.questions import answer
 from mmeff.evaluation.run_folder import RunFolder
 from mmeff.handle import describe_model, model_note
@@ -21,39 +21,18 @@ from mmeff.report import Report
 
 PHASES = ("vision encoder", "prefill", "selection", "decode")
 COLUMNS = (
-    "variant",
-    "median s",
-    "speedup",
-    "prefill s",
-    "selection s",
-    "decode s",
-    "visual tokens",
-    "mean over layers",
-    "same answer",
-)
+    "variant", "median s", "speedup", "prefill s", "selection s", "decode s", "tokens at last", "mean over layers",
+    "prefill operations", "cache KiB", "same answer",
+)  # fmt: skip
+# What a report counts, by the name that it has for a run without pruning.
+COUNTED = {
+    "kept at last": "visual tokens per prompt", "mean over layers": "visual tokens per prompt",
+    "prefill operations, of dense": None, "cache of the prompt, KiB": "cache of the prompt, dense, KiB",
+}  # fmt: skip
 
 
-def compare_vlm(
-    model: Any,
-    processor: Any,
-    methods: Sequence[MethodConfig],
-    inputs: Mapping[str, Any] | Sequence[Mapping[str, Any]],
-    *,
-    new_tokens: int = 32,
-    repeats: int = 3,
-    folder: RunFolder | None = None,
-    tick: Tick = silent,
-) -> Comparison:
-    """Answer every question dense and with each method, one question at a time.
-
-    Args:
-        processor: the model's own. methods: configs of stage pruning.
-        inputs: mappings with `question` and `images`, a list of PIL images.
-        new_tokens: tokens generated at most. repeats: timed runs per variant and question; the median is reported.
-        folder: where pictures go; None writes nothing.
-    Raises:
-        ValueError: no input, a question without an image, or no processor.
-    """
+def checked_cases(processor: Any, inputs: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The inputs as a list. Raises ValueError as `compare_vlm` says."""
     cases = [inputs] if isinstance(inputs, Mapping) else list(inputs)
     if processor is None:
         raise ValueError(
@@ -68,6 +47,33 @@ def compare_vlm(
             raise ValueError(
                 f"the question {case['question']!r} has no image: visual tokens are what is pruned; pass images=[...]"
             )
+    return cases
+
+
+def compare_vlm(
+    model: Any,
+    processor: Any,
+    methods: Sequence[MethodConfig],
+    inputs: Mapping[str, Any] | Sequence[Mapping[str, Any]],
+    *,
+    new_tokens: int = 32,
+    repeats: int = 3,
+    remark: str = "",
+    folder: RunFolder | None = None,
+    tick: Tick = silent,
+) -> Comparison:
+    """Answer every question dense and with each method, one question at a time.
+
+    Args:
+        processor: the model's own. methods: configs of stage pruning.
+        inputs: mappings with `question` and `images`, a list of PIL images.
+        new_tokens: tokens generated at most. repeats: timed runs per variant and question; the median is reported.
+        remark: what the reader must know about the settings, such as their common budget.
+        folder: where pictures go; None writes nothing.
+    Raises:
+        ValueError: no input, a question without an image, or no processor.
+    """
+    cases = checked_cases(processor, inputs)
     names = ["dense", *variant_names(methods)]
     configs = dict(zip(names, [methods[0], *methods], strict=True))
     seconds: dict[str, list[float]] = {name: [] for name in names}
@@ -112,21 +118,20 @@ def compare_vlm(
             "speedup": float(np.median([d / s for d, s in zip(seconds["dense"], seconds[name], strict=True)])),
             "phases": spent_in,
             "tokens": {
-                k: round(float(np.mean([c[k] for c in counted[name] if k in c])), 1) for k in reports[name].tokens
+                k: round(float(np.mean([c[k] for c in counted[name] if k in c])), 4 if "operations" in k else 1)
+                for k in reports[name].tokens
             },
             "answers": said[name],
             "same_answer": float(np.mean([a == b for a, b in zip(said[name], said["dense"], strict=True)])),
         }
-    dense_tokens = next(
-        (measured[n]["tokens"]["visual tokens per prompt"] for n in names[1:] if measured[n]["tokens"]), None
-    )
-    rows = tuple(_row(name, measured[name], dense_tokens) for name in names)
+    everything: dict[str, Any] = next((measured[n]["tokens"] for n in names[1:] if measured[n]["tokens"]), {})
+    rows = tuple(_row(name, measured[name], everything) for name in names)
     sections: tuple[Section, ...] = ()
     if folder is not None:
-        sections = _pages(folder, cases, names, measured, reports, kept, rows, model)
+        sections = pages(folder, cases, measured, reports, kept, columns=COLUMNS, rows=rows, model=model, remark=remark)
     best = min(names[1:], key=lambda n: measured[n]["latency"].median)
     return Comparison(
-        kind="vlm", model=describe_model(model), note=model_note(model), columns=COLUMNS, rows=rows,
+        kind="vlm", model=describe_model(model), note=model_note(model), remark=remark, columns=COLUMNS, rows=rows,
         measured={"settings": {"new_tokens": new_tokens, "repeats": repeats,
                                "questions": [c["question"] for c in cases]}, "variants": measured},
         reports=reports, sections=sections,
@@ -134,73 +139,15 @@ def compare_vlm(
     )  # fmt: skip
 
 
-def _row(name: str, figures: dict[str, Any], dense_tokens: Any) -> tuple[Any, ...]:
-    tokens, phases = figures["tokens"], figures["phases"]
-    left = [v for k, v in tokens.items() if k.startswith("kept from")]
+def _row(name: str, figures: dict[str, Any], everything: dict[str, Any]) -> tuple[Any, ...]:
+    """A row of the table; what dense keeps is known from `everything`, the counts of a run with pruning."""
+    phases, tokens = figures["phases"], figures["tokens"]
+    if name == "dense":
+        counts = [everything.get(whole) if whole else 1.0 if everything else None for whole in COUNTED.values()]
+    else:
+        counts = [tokens.get(kept) for kept in COUNTED]
     return (
         name, f"{figures['latency'].median:.4f}", f"{figures['speedup']:.2f}x", f"{phases['prefill']:.4f}",
-        f"{phases['selection']:.4f}", f"{phases['decode']:.4f}",
-        dense_tokens if name == "dense" else (left[-1] if left else None),
-        dense_tokens if name == "dense" else tokens.get("mean over layers"), f"{figures['same_answer']:.0%}",
+        f"{phases['selection']:.4f}", f"{phases['decode']:.4f}", *counts[:2],
+        None if counts[2] is None else f"{counts[2]:.3f}", counts[3], f"{figures['same_answer']:.0%}",
     )  # fmt: skip
-
-
-def _pages(
-    folder: RunFolder, cases: Sequence[Mapping[str, Any]], names: list[str], measured: dict[str, Any],
-    reports: dict[str, Report], kept: dict[str, list[Any]], rows: tuple[tuple[Any, ...], ...], model: Any,
-) -> tuple[Section, ...]:  # fmt: skip
-    figures = []
-    grid = visual_grid(model)
-    for name in names[1:]:
-        for i, case in enumerate(cases[:6]):
-            for layer, positions in kept[name][i].items():
-                if grid is None:
-                    continue
-                per_image = grid[0] * grid[1]
-                for n, image in enumerate(case["images"]):
-                    mine = np.asarray(positions[0])
-                    mine = mine[(mine >= n * per_image) & (mine < (n + 1) * per_image)] - n * per_image
-                    picture = kept_overlay(as_seen(image, model), mine, grid)
-                    folder.write_image(f"pictures/kept-{slug(name)}-{i}-{n}-layer{layer}.png", picture)
-                    words = f"“{case['question']}”: dense “{measured['dense']['answers'][i]}”, {name} “{measured[name]['answers'][i]}”"
-                    figures.append(
-                        Figure(image=picture, alt=f"Image with the tokens that {name} dropped darkened",
-                               caption=f"{words}. {len(mine)} of {per_image} tokens from layer {layer} on.")
-                    )  # fmt: skip
-    split = {name: {k: v for k, v in measured[name]["phases"].items() if v} for name in names}
-    picture = time_split(split, title="Time of one answer")
-    folder.write_image("pictures/vlm-time.png", picture)
-    figures.append(Figure(image=picture, alt="Seconds in vision encoder, prefill, selection and decode per variant"))
-    answers = Table(
-        columns=("question", *names),
-        rows=[(c["question"], *(measured[n]["answers"][i] for n in names)) for i, c in enumerate(cases)],
-        caption="Answers",
-    )
-    return (
-        Section(
-            heading="Vision-language: dense and pruned answers",
-            paragraphs=[
-                f"{describe_model(model)}, one question at a time. Prefill is without the selection of tokens, which stands apart."
-            ],
-            tables=[Table(columns=COLUMNS, rows=rows), answers],
-            figures=figures,
-            listings=[Listing(title=f"What ran: {n}", text=str(reports[n])) for n in names[1:]],
-        ),
-    )
-
-
-def visual_grid(model: Any) -> tuple[int, int] | None:
-    """Rows and columns of visual tokens of one image, where they are a plain grid."""
-    vision = getattr(model.config, "vision_config", None)
-    if vision is None or not hasattr(vision, "image_size") or not hasattr(vision, "patch_size"):
-        return None
-    side = int(vision.image_size) // int(vision.patch_size)
-    return side, side
-
-
-def as_seen(image: Any, model: Any) -> Any:
-    """The square centre of an image, which is what CLIP's preprocessing shows the model."""
-    side = min(image.size)
-    left, top = (image.size[0] - side) // 2, (image.size[1] - side) // 2
-    size = int(model.config.vision_config.image_size)
-    return image.crop((left, top, left + side, top + side)).resize((size, size))

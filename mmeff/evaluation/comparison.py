@@ -21,7 +21,8 @@ def silent(what: str, done: int, total: int) -> None:
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
     """What a comparison found. `columns` and `rows` are the printed table; `measured` every figure; `reports` what ran, by
-    variant; `sections` the page; `idle` the methods that accelerated nothing."""
+    variant; `sections` the page; `remark` what must be known about the settings; `idle` the methods that accelerated
+    nothing."""
 
     kind: str
     model: str
@@ -32,6 +33,7 @@ class Comparison:
     sections: tuple[Section, ...] = ()
     highlights: tuple[tuple[str, str], ...] = ()
     note: str = ""
+    remark: str = ""
     environment: dict[str, str] = field(default_factory=environment)
 
     @property
@@ -42,7 +44,7 @@ class Comparison:
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types."""
         return {
-            "kind": self.kind, "model": self.model, "note": self.note,
+            "kind": self.kind, "model": self.model, "note": self.note, "remark": self.remark,
             "table": {"columns": list(self.columns), "rows": [list(r) for r in self.rows]},
             "measured": self.measured, "reports": {k: v.to_dict() for k, v in self.reports.items()},
             "accelerated_nothing": list(self.idle), "environment": self.environment,
@@ -52,7 +54,7 @@ class Comparison:
         cells = [tuple(map(str, self.columns)), *[tuple("" if c is None else str(c) for c in row) for row in self.rows]]
         widths = [max(len(row[i]) for row in cells) for i in range(len(self.columns))]
         lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in cells]
-        head = [f"{self.model}" + (f" ({self.note})" if self.note else "")]
+        head = [f"{self.model}" + (f" ({self.note})" if self.note else ""), *([self.remark] if self.remark else [])]
         idle = [f"accelerated nothing: {', '.join(self.idle)}"] if self.idle else []
         return "\n".join([*head, lines[0], "  ".join("-" * w for w in widths), *lines[1:], *idle])
 

@@ -94,24 +94,64 @@ def strip(videos: Mapping[str, Any], count: int = 8, *, min_height: int = 96) ->
         raise ValueError(f"strip needs count >= 1 columns, got {count}")
     chosen = spread(T, min(count, T))
     tiles = {label: _enlarged(v[chosen], _factor(v.shape[1], min_height)) for label, v in rows.items()}
-    gap, font, small = 6, _font(15, bold=True), _font(13)
     tile_w = max(t.shape[2] for t in tiles.values())
-    label_w = min(max(math.ceil(font.getlength(label)) for label in tiles) + 3 * gap, 220)
+    heads = [f"frame {i}" if tile_w >= 72 else str(i) for i in chosen]
+    return _sheet({label: list(tile) for label, tile in tiles.items()}, heads)
+
+
+def kept_sheet(frames: Sequence[Any], kept: Mapping[int, Any], grid: tuple[int, int], *, count: int = 8) -> Image.Image:
+    """Show which visual tokens survive from layer to layer: stages beside one picture, or below the frames of a video.
+
+    Args:
+        frames: PIL images or (H, W, 3) of one size, as the model saw them; tokens of a frame follow those of the one before.
+        kept: layer -> positions in [0, frames * rows * columns) of the tokens kept from there on; -1 is skipped.
+        grid: (rows, columns) of tokens over each frame.
+        count: frames shown at most, spread evenly from the first to the last.
+    Raises: ValueError for no frames, and as `kept_overlay`.
+    """
+    if not frames:
+        raise ValueError("kept_sheet needs at least one frame, got none")
+    each = grid[0] * grid[1]
+    height = 240 if len(frames) == 1 else 160 if len(frames) <= 4 else 96
+    chosen = spread(len(frames), min(count, len(frames)))
+    rows: dict[str, list[np.ndarray]] = {
+        "as seen": [np.asarray(kept_overlay(frames[i], range(each), grid, min_height=height)) for i in chosen]
+    }
+    for layer, positions in kept.items():
+        mine = np.asarray(positions).astype(np.int64).reshape(-1)
+        mine = mine[mine != -1]
+        if mine.size and not (mine.min() >= 0 and mine.max() < each * len(frames)):
+            raise ValueError(
+                f"kept must hold positions in [0, {each * len(frames) - 1}] for {len(frames)} frames of {each} tokens, got "
+                f"{mine.min()} to {mine.max()}"
+            )
+        rows[f"from layer {layer}: {mine.size}"] = [
+            np.asarray(kept_overlay(frames[i], mine[mine // each == i] % each, grid, min_height=height)) for i in chosen
+        ]
+    if len(frames) == 1:
+        return _sheet({"": [row[0] for row in rows.values()]}, list(rows))
+    return _sheet(rows, [f"frame {i}" for i in chosen])
+
+
+def _sheet(rows: Mapping[str, Sequence[np.ndarray]], heads: Sequence[str]) -> Image.Image:
+    """Pictures as a table: labelled rows, each with a picture (H, W, 3) for every head. Heights may differ by row."""
+    gap, font, small = 6, _font(15, bold=True), _font(13)
+    tile_w = max(tile.shape[1] for row in rows.values() for tile in row)
+    label_w = min(max(math.ceil(font.getlength(label)) for label in rows) + 3 * gap, 220) if any(rows) else gap
     head = 26
-    width = label_w + len(chosen) * (tile_w + gap) + gap
-    height = head + sum(t.shape[1] + gap for t in tiles.values()) + gap
+    width = label_w + len(heads) * (tile_w + gap) + gap
+    height = head + sum(row[0].shape[0] + gap for row in rows.values()) + gap
     sheet = Image.new("RGB", (width, height), PAPER)
     draw = ImageDraw.Draw(sheet)
-    for column, index in enumerate(chosen):
+    for column, text in enumerate(heads):
         x = label_w + column * (tile_w + gap) + tile_w / 2
-        text = _fitted(f"frame {index}", small, tile_w) if tile_w >= 72 else str(index)
-        draw.text((x, head / 2), text, font=small, fill=MUTED, anchor="mm")
+        draw.text((x, head / 2), _fitted(text, small, tile_w), font=small, fill=MUTED, anchor="mm")
     y = head
-    for label, tile in tiles.items():
-        h, w = tile.shape[1:3]
+    for label, row in rows.items():
+        h, w = row[0].shape[:2]
         draw.text((2 * gap, y + h / 2), _fitted(label, font, label_w - 3 * gap), font=font, fill=INK, anchor="lm")
-        for column, image in enumerate(tile):
-            sheet.paste(Image.fromarray(image), (label_w + column * (tile_w + gap) + (tile_w - w) // 2, y))
+        for column, tile in enumerate(row):
+            sheet.paste(Image.fromarray(tile), (label_w + column * (tile_w + gap) + (tile_w - w) // 2, y))
         y += h + gap
     return sheet
 

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from mmeff.errors import UnsupportedModel
 
 Kind = Literal["video", "vlm"]
-EMBEDDED: dict[str, Kind] = {"tiny-video": "video", "tiny-vlm": "vlm"}
+EMBEDDED: dict[str, Kind] = {"tiny-video": "video", "tiny-vlm": "vlm", "tiny-video-vlm": "vlm"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +32,7 @@ class Loaded:
 
 
 def load(source: str, *, device: str = "auto", dtype: str = "auto") -> Loaded:
-    """Load `tiny-video`, `tiny-vlm`, a local folder, or a hub name.
+    """Load `tiny-video`, `tiny-vlm`, `tiny-video-vlm`, a local folder, or a hub name.
 
     Args:
         source: where the model is.
@@ -53,7 +53,12 @@ def load(source: str, *, device: str = "auto", dtype: str = "auto") -> Loaded:
         if EMBEDDED[source] == "video":
             pipeline = tiny.video_pipeline(device=device).to(chosen)
             return Loaded(kind="video", model=pipeline, source=source, note=tiny.NOTE)
-        model, processor = tiny.vlm(device=device)
+        if not (tiny.data_folder() / source).is_dir():
+            raise FileNotFoundError(
+                f"{source} has no weights at {tiny.data_folder() / source}; `mmeff train {source} --out {tiny.data_folder() / source}` "
+                "makes them"
+            )
+        model, processor = (tiny.vlm if source == "tiny-vlm" else tiny.video_vlm)(device=device)
         return Loaded(kind="vlm", model=model.to(chosen), processor=processor, source=source, note=tiny.NOTE)
     kind = _kind(source)
     if kind == "video":

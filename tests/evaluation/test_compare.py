@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+from PIL import Image
 
 import mmeff
 from mmeff import tiny
@@ -71,6 +72,18 @@ def test_answers(tmp_path):
     assert variants["dense"]["answers"] == ["white", "top right", "five"]
     assert result.idle == ()
     assert len(list((tmp_path / "r" / "pictures").glob("kept-*"))) == 6
+
+
+def test_a_prompt_of_several_pictures_is_shown_frame_by_frame(tmp_path):
+    model, processor = tiny.vlm()
+    images = [case["images"][0] for case in sample_questions()]
+    mmeff.compare(
+        model, "pyramiddrop", {"question": "how many objects are there ?", "images": images}, out=tmp_path / "r",
+        processor=processor, repeats=1, new_tokens=2,
+    )  # fmt: skip
+    (file,) = (tmp_path / "r" / "pictures").glob("kept-*")
+    with Image.open(file) as sheet:
+        assert sheet.height > 4 * 160 and sheet.width > 3 * 160, "as seen, and after each of three layers"
 
 
 def test_tokens_are_means_over_the_questions():

@@ -248,3 +248,24 @@ def test_charts_need_no_main_thread():
     thread.start()
     thread.join()
     assert done
+
+
+def test_kept_sheet_of_a_picture_and_of_a_video():
+    frames = [flat((200, 40, 40), T=1)[0]] * 3
+    whole = {0: range(12), 2: [0, 4, 9, -1]}
+    one = pictures.kept_sheet(frames[:1], {2: [0, 3]}, (2, 2))
+    clip = np.asarray(pictures.kept_sheet(frames, whole, (2, 2)))
+    assert one.width > 2 * 240 and one.height < 1.3 * one.width / 2, "stages stand beside each other"
+    assert clip.shape[0] > 3 * 160, "stages stand below each other"
+    bright = (clip == (200, 40, 40)).all(-1)
+    frame = 192 * 192  # 48 pixels, enlarged by a whole factor to at least 160
+    assert bright.sum() == pytest.approx((3 + 3 + 3 / 4) * frame, rel=0.02), "as seen, all kept, three of twelve kept"
+
+
+@pytest.mark.parametrize(
+    ("frames", "kept", "message"),
+    [(0, {}, "at least one frame"), (2, {1: [8]}, r"in \[0, 7\] for 2 frames of 4 tokens, got 8 to 8")],
+)
+def test_wrong_kept_sheets(frames, kept, message):
+    with pytest.raises(ValueError, match=message):
+        pictures.kept_sheet([flat((9, 9, 9), T=1)[0]] * frames, kept, (2, 2))

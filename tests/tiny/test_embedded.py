@@ -16,12 +16,15 @@ from mmeff.tiny import clips, export, scenes, train_vlm
 DATA = tiny.data_folder()
 
 
-@pytest.mark.parametrize("name", ["tiny-vlm", "tiny-video", "samples"])
+MODELS = ["tiny-vlm", "tiny-video", "tiny-video-vlm", "tiny-vla"]
+
+
+@pytest.mark.parametrize("name", [*MODELS, "samples"])
 def test_hashes(name):
     export.verify(DATA / name)
 
 
-@pytest.mark.parametrize("name", ["tiny-vlm", "tiny-video"])
+@pytest.mark.parametrize("name", MODELS)
 def test_size_and_card(name):
     size = sum(p.stat().st_size for p in (DATA / name).rglob("*") if p.is_file())
     assert size <= export.LIMIT
