@@ -306,8 +306,10 @@ class LanguagePruner:
         """The layer's ledger, which a pass that prunes puts in place of a plain cache layer; None where nothing is pruned."""
         cache = now.cache
         layer = cache.layers[index] if cache is not None and index < len(cache.layers) else None
-        if getattr(layer, "cols", None) is not None or not now.changed or cache is None:
-            return layer if getattr(layer, "cols", None) is not None else None
+        if getattr(layer, "cols", None) is not None:
+            return layer
+        if not now.changed or cache is None:
+            return None
         return adopt_layer(cache, index, now.cur, self.handle)
 
     def _stage(self, index: int) -> int:
@@ -416,7 +418,7 @@ def thin(now: Pass, view: View, wanted: Tensor) -> Tensor:
 
 
 def adopt_layer(cache: Any, index: int, rows: Tensor, handle: Handle) -> Any:
-    """Put a ledger in place of a plain cache layer, for as many rows as `rows` has."""
+    """The ledger in place of a cache layer, put there where it is a plain one; for as many rows as `rows` has."""
     from transformers.cache_utils import DynamicLayer, StaticLayer
 
     from mmeff.pruning.hosts._ledger import PrunedLayer
@@ -426,7 +428,7 @@ def adopt_layer(cache: Any, index: int, rows: Tensor, handle: Handle) -> Any:
         cache.layers.append(DynamicLayer())
     layer, first = cache.layers[index], index == 0
     attached = lambda: handle.installed  # noqa: E731
-    if isinstance(layer, PrunedStaticLayer):  # one that was reset
+    if isinstance(layer, (PrunedLayer, PrunedStaticLayer)):  # of an earlier turn, or one that was reset
         return layer
     if isinstance(layer, StaticLayer):
         cache.layers[index] = PrunedStaticLayer.adopt(layer, attached, speaks_for_all=first)
