@@ -50,7 +50,8 @@ class Exit(IntEnum):
 
 
 Model = Annotated[
-    str, typer.Option("--model", "-m", help="Folder, hub name, or an embedded model: tiny-video, tiny-vlm, tiny-video-vlm.")
+    str,
+    typer.Option("--model", "-m", help="Folder, hub name, or an embedded model: tiny-video, tiny-vlm, tiny-video-vlm."),
 ]
 Methods = Annotated[
     list[str] | None, typer.Option("--method", help="A method's name, as `mmeff list` shows it. May be repeated.")

@@ -12,7 +12,7 @@ from collections.abc import Hashable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import ClassVar, Literal, cast
+from typing import ClassVar, Literal, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -21,6 +21,8 @@ from mmeff.config import MethodConfig, option
 from mmeff.diffusion_attn._ordered import KernelLayout, OrderedLayout
 from mmeff.kernels import BlockLayout, block_sparse_attention
 from mmeff.report import Recorder
+
+SparseT = TypeVar("SparseT", bound="SparseAttention")
 
 Grid = tuple[int, int, int]  # (F, H, W): latent frames, rows and columns of tokens
 
@@ -129,6 +131,10 @@ class SparseAttention(MethodConfig, ABC):
                 f"is_dense needs the step and the number of steps, got step={step}, num_steps={num_steps}."
             )
         return step < self.dense_steps or step >= num_steps - self.last_dense_steps
+
+    def at_every_step(self: SparseT) -> SparseT:
+        """This method without dense steps, for runs of a step or two that warm up."""
+        return self.replace(dense_steps=0, last_dense_steps=0)
 
     def check_steps(self, num_steps: int) -> None:
         """Raise ValueError if the schedule keeps more steps dense than a generation of `num_steps` has."""

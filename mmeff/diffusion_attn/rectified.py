@@ -186,6 +186,10 @@ class RectifiedSpaAttn(SparseAttention):
         call: dict[str, Any] = {"step": step, "num_steps": num_steps, "layer": layer, "num_layers": num_layers}
         return super().is_dense(**call) or (self.base is not None and self.base.is_dense(**call))
 
+    def at_every_step(self) -> RectifiedSpaAttn:
+        own = super().at_every_step()
+        return own if own.base is None else own.replace(base=own.base.at_every_step())
+
     def check_steps(self, num_steps: int) -> None:
         super().check_steps(num_steps)
         if self.base is not None:
@@ -345,7 +349,8 @@ class RectifiedSpaAttn(SparseAttention):
     def _compensated(self, q: Tensor, k: Tensor, cut: Cut, blocks: BlockLayout) -> Tensor:
         """(B|1, H|1, nQ, nK): the share of each key block of the video that is skipped, 0 where it is not worth its mean."""
         nQ, nK = -(-cut.slots // cut.q_block), -(-cut.slots // cut.kv_block)
-        skipped = 1 - blocks.derived("visited_shares", BlockLayout.visited_shares)[:, :, :nQ, :nK]
+        visited = blocks.derived("visited_shares", BlockLayout.visited_shares)[:, :, :nQ, :nK]
+        skipped = (1 - visited).to(torch.promote_types(q.dtype, torch.float32))
         if self.rectify == "ipar":
             return skipped
         q_mean, q_spread = _moments(q[:, : cut.slots], cut.q_block, cut.q_valid)
@@ -449,7 +454,7 @@ def _rectified(
     out: (B, N, H, D) in the order of the video; v in that of the blocks.
     """
     nK = skipped.shape[-1]
-    weights = shares[..., :nK] * skipped.to(shares.dtype)
+    weights = shares[..., :nK] * skipped
     kept = (shares[..., :nK] - weights).sum(-1) + shares[..., nK:].sum(-1)  # R, (B, H, nQ)
     means = pool(v[:, : cut.slots], cut.kv_block, cut.kv_valid)
     with without_autocast(out.device):

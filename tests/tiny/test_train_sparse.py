@@ -63,7 +63,7 @@ def test_the_claim_can_be_missed(tmp_path):
         recipe = train_sparse.long_recipe(4, method).to_dict()
         rows = [{"step": 0, "held_out": untuned}, {"step": 400, "held_out": final}]
         return Finetuned(
-            folder=tmp_path, steps=400, rows=rows, final=final, report=method and {"density": 0.25}, model="m", note="",
+            folder=tmp_path, steps=400, rows=rows, final=final, report=method and {"density": 0.25, "layers": {"0": {}, "1": {}}}, model="m", note="",
             data={}, recipe=recipe,
         )  # fmt: skip
 
