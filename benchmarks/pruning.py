@@ -14,8 +14,8 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,7 @@ from mmeff.pruning.sparsevlm import SparseVLM
 from mmeff.registry import all_methods
 from mmeff.tiny import motions, scenes
 
+from . import scored
 from .results import FOLDER
 
 SEEDS = {"tiny-vlm": 18_000, "tiny-video-vlm": 28_000}  # splits of their own: no setting was chosen by looking at them
@@ -191,24 +192,7 @@ def read(path: Path, which: Sequence[Variant]) -> dict[str, dict[int, Row]]:
 
     Raises: ValueError for a line that is no row, with its number.
     """
-    settings = {v.name: v.setting for v in which}
-    rows: dict[str, dict[int, Row]] = {v.name: {} for v in which}
-    for number, line in enumerate(path.read_text().splitlines() if path.exists() else (), 1):
-        try:
-            row = Row(**json.loads(line))
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{path}, line {number}, is no row of pruning: {error}; take the line out.") from None
-        if settings.get(row.variant) == row.setting:
-            rows[row.variant][row.batch] = row
-    return rows
-
-
-def append(path: Path, rows: Iterable[Row]) -> None:
-    """Add rows in one write, which two processes cannot interleave."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = "".join(json.dumps(asdict(row), separators=(",", ":"), allow_nan=False) + "\n" for row in rows)
-    with path.open("ab", buffering=0) as file:
-        file.write(text.encode())
+    return scored.read(path, "pruning", Row, {v.name: v.setting for v in which}, lambda row: row.batch)
 
 
 # ---------------------------------------------------------------- the run
@@ -282,7 +266,7 @@ def run(options: Options, tick: Callable[[str, int, int], None]) -> Outcome:
     which = chosen(variants(options.model, model, options.policy), options.only)
     have = read(out, which)
     refused = [v for v in which if v.reason is not None]
-    append(out, [
+    scored.append(out, [
         Row(model=options.model, variant=v.name, setting=v.setting, batch=-1, reason=v.reason)
         for v in refused if -1 not in have[v.name] and part == 1
     ])  # fmt: skip
@@ -303,7 +287,7 @@ def run(options: Options, tick: Callable[[str, int, int], None]) -> Outcome:
         tick(f"batch {index}: {variant.name}", done, len(work))
         if drawn is None or drawn[0] != index:
             drawn = index, prepare(options.model, model, processor, index, count)
-        append(out, [judge(options.model, model, processor, variant, index, drawn[1])])
+        scored.append(out, [judge(options.model, model, processor, variant, index, drawn[1])])
         done += 1
     return Outcome(done=done, done_before=before, left=len(work) - done, unreachable=len(refused), out=out)
 

@@ -14,9 +14,9 @@ import math
 import os
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, ClassVar, cast
@@ -40,6 +40,7 @@ from mmeff.kernels import BlockLayout
 from mmeff.kernels.permute import Permutation, gilbert_permutation
 from mmeff.tiny import clips, data_folder, video_pipeline
 
+from . import scored
 from .results import FOLDER, ROOT
 
 ROWS, SUMMARY = FOLDER / "quality.jsonl", FOLDER / "quality-summary.jsonl"
@@ -209,24 +210,7 @@ def read(path: Path, which: Sequence[Variant]) -> dict[str, dict[int, Score]]:
 
     Raises: ValueError for a line that is no row, with its number.
     """
-    settings = {v.name: v.setting for v in which}
-    rows: dict[str, dict[int, Score]] = {v.name: {} for v in which}
-    for number, line in enumerate(path.read_text().splitlines() if path.exists() else (), 1):
-        try:
-            row = Score(**json.loads(line))
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{path}, line {number}, is no row of quality: {error}; take the line out.") from None
-        if settings.get(row.variant) == row.setting:
-            rows[row.variant][row.prompt] = row
-    return rows
-
-
-def _append(path: Path, rows: Iterable[Score]) -> None:
-    """Add the rows of a batch in one write, which two processes cannot interleave."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = "".join(json.dumps(asdict(row), separators=(",", ":"), allow_nan=False) + "\n" for row in rows)
-    with path.open("ab", buffering=0) as file:
-        file.write(text.encode())
+    return scored.read(path, "quality", Score, {v.name: v.setting for v in which}, lambda row: row.prompt)
 
 
 # ---------------------------------------------------------------- the run
@@ -292,7 +276,7 @@ def run(options: Options, tick: Callable[[str, int, int], None]) -> Outcome:
         tick(f"batch {index}: {variant.name}", done, len(work))
         dense = dense_run(pipeline, index, count, options.cache)
         started = time.process_time()
-        _append(options.out, judge(pipeline, variant, index, count, dense))
+        scored.append(options.out, judge(pipeline, variant, index, count, dense))
         spent[variant.name].append((time.process_time() - started) / count)
         done += 1
     seconds = {name: float(np.mean(values)) for name, values in spent.items()}

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from benchmarks import __main__ as cli
-from benchmarks import pruning, pruning_table, results
+from benchmarks import pruning, pruning_table, results, scored
 from mmeff.evaluation.budget import layer_mean
 from mmeff.pruning import FastV, RandomPruning
 from mmeff.pruning._base import TokenPruner
@@ -184,8 +184,8 @@ def test_differences_are_paired(which, embedded, tmp_path, monkeypatch):
     monkeypatch.setattr(pruning_table, "load", lambda name: embedded)
     path = tmp_path / "p.jsonl"
     dense, fastv, other = [1, 1, 1, 0], [1, 1, 0, 0], [1, 0, 0, 1]
-    pruning.append(path, [rows_of(which, "dense", dense, "0011"), rows_of(which, "FastV 50%", fastv)])
-    pruning.append(path, [rows_of(which, "DivPrune 50%", other, "0011")])
+    scored.append(path, [rows_of(which, "dense", dense, "0011"), rows_of(which, "FastV 50%", fastv)])
+    scored.append(path, [rows_of(which, "DivPrune 50%", other, "0011")])
     machine = results.Machine.here(torch.device("cpu"), commit="c0ffee")
     found = {s.variant: s for s in pruning_table.summarise(path, "tiny-vlm", machine)}
     assert found["dense"].accuracy == pytest.approx([0.75, 0.25]) and found["dense"].counts["mean"] == 144

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from benchmarks import __main__ as cli
-from benchmarks import plots, quality, quality_table, results
+from benchmarks import plots, quality, quality_table, results, scored
 from mmeff import registry
 from mmeff.diffusion_attn.rectified import RectifiedSpaAttn
 from mmeff.tiny.video_model import GRID
@@ -209,9 +209,9 @@ def machine():
 def test_summary_means_errors_and_the_paired_ratio(tmp_path, machine):
     path = tmp_path / "q.jsonl"
     twin, mine = np.array([0.08, 0.04, 0.06, 0.10]), np.array([0.03, 0.02, 0.03, 0.06])
-    quality._append(path, rows_of("topk-25", [9.0] * 4, setting="another"))  # another setting: never mixed in
-    quality._append(path, rows_of("topk-25", [9.0]))  # an older row of prompt 0
-    quality._append(path, [*rows_of("topk-25", twin, shape=0), *rows_of("rectified-25", mine, psnr=None)])
+    scored.append(path, rows_of("topk-25", [9.0] * 4, setting="another"))  # another setting: never mixed in
+    scored.append(path, rows_of("topk-25", [9.0]))  # an older row of prompt 0
+    scored.append(path, [*rows_of("topk-25", twin, shape=0), *rows_of("rectified-25", mine, psnr=None)])
     top, rectified = quality_table.summarise(path, machine)
     assert (top.variant, rectified.twin, top.prompts) == ("topk-25", "topk-25", 4)
     assert top.figures["drift"] == pytest.approx([twin.mean(), twin.std(ddof=1) / 2])
@@ -236,14 +236,14 @@ def test_rows_that_cannot_be_read_or_summarised(tmp_path, machine):
     path = tmp_path / "q.jsonl"
     with pytest.raises(ValueError, match="holds no variant with two prompts"):
         quality_table.summarise(path, machine)
-    quality._append(path, rows_of("topk-25", [0.1]))
+    scored.append(path, rows_of("topk-25", [0.1]))
     path.write_text(path.read_text() + '{"variant": "topk-25"}\n')
     with pytest.raises(ValueError, match="line 2, is no row of quality"):
         quality_table.summarise(path, machine)
 
 
 def test_the_figure_needs_a_density(tmp_path, machine):
-    quality._append(
+    scored.append(
         tmp_path / "q.jsonl", rows_of("dense", [None] * 2, density=None, psnr=None, corrected=None, ssim=None)
     )
     with pytest.raises(ValueError, match="no sparse variant was measured"):
@@ -263,9 +263,9 @@ def call(monkeypatch, *args):
 def test_the_command_line_draws_and_prints(tmp_path, monkeypatch, capsys):
     path = tmp_path / "q.jsonl"
     none = {"density": None, "psnr": None, "corrected": None, "ssim": None}
-    quality._append(path, rows_of("dense", [None] * 3, **none))
+    scored.append(path, rows_of("dense", [None] * 3, **none))
     for name, density in (("topk-50", 0.5), ("topk-25", 0.25), ("rectified-25", 0.25), ("random-25", 0.24)):
-        quality._append(path, rows_of(name, [0.1, 0.2, 0.3], density=density))
+        scored.append(path, rows_of(name, [0.1, 0.2, 0.3], density=density))
     assert call(monkeypatch, "quality-table", path) == 0
     assert "| random-25 | 3 | 0.240 |" in capsys.readouterr().out
     assert Image.open(tmp_path / "q.png").width > 1000 and (tmp_path / "q-summary.jsonl").exists()
