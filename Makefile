@@ -31,17 +31,18 @@ run: $(STAMP) ## compare dense with accelerated models on the tiny models, into 
 	@$(BIN)/mmeff compare --out $(OUT) --overwrite --overwrite
 	@echo "The results are in $(OUT)/: open $(OUT)/report.html"
 
-# The Triton kernels run in Triton's interpreter, which is a mode of a whole process: beside the other tests, on a core each.
-INTERPRETED := TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m interpreter -p no:cacheprovider tests/kernels
+# Tests run in one process per core, at most four: a file at a time, so that what a file loads is loaded once. The Triton
+# kernels run in Triton's interpreter, which is a mode of a whole process, and therefore by themselves.
+PYTEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest
+JOBS   := -n auto --maxprocesses 4 --dist loadfile
 
 test: $(STAMP) ## run the tests (ARGS="-k layout" for some of them)
 ifdef ARGS
-	@HF_HUB_OFFLINE=1 OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} $(BIN)/python -m pytest $(ARGS)
+	@$(PYTEST) $(ARGS)
 else
-	@log=$$(mktemp); $(INTERPRETED) > $$log 2>&1 & interpreted=$$!; failed=0; \
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest || failed=1; \
+	@failed=0; $(PYTEST) $(JOBS) || failed=1; \
 	echo; echo "The Triton kernels, in Triton's interpreter:"; \
-	wait $$interpreted || failed=1; cat $$log; rm -f $$log; exit $$failed
+	TRITON_INTERPRET=1 $(PYTEST) $(JOBS) -q -m interpreter -p no:cacheprovider tests/kernels || failed=1; exit $$failed
 endif
 
 lint: $(STAMP) ## check style, types and the direction of imports

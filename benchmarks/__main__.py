@@ -1,6 +1,6 @@
 """The command line of the benchmarks, from the root of a checkout: `python -m benchmarks kernels | roofline | plot | table`
-and `video` for speed, `quality | quality-table` for what sparse attention costs, `pruning | pruning-table` for what
-dropping visual tokens costs, `prefill` for what that gains.
+and `video` for speed, `quality | quality-table` for what sparse attention costs, `pruning | pruning-table` and `acting |
+acting-table` for what dropping visual tokens costs, `prefill` for what that gains.
 
 Exit codes: 0 fine, 1 an error that a message explains, 2 wrong usage, 5 a red gate: a backend is wrong, so nothing is timed.
 """
@@ -16,7 +16,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from .commands_pruning import prefill, pruning, pruning_table
+from .commands_pruning import acting, acting_table, prefill, pruning, pruning_table
 from .console import err_console, out_console, positive, progress, shard_of
 
 if TYPE_CHECKING:
@@ -355,7 +355,7 @@ def quality_table(
     err_console.print(f"{summary}\n{figure}", soft_wrap=True)
 
 
-for command in (pruning, pruning_table, prefill):
+for command in (pruning, pruning_table, acting, acting_table, prefill):
     app.command()(command)
 
 

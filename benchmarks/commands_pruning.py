@@ -1,4 +1,5 @@
-"""The commands about dropping visual tokens: `pruning` and `pruning-table` for what it costs, `prefill` for what it gains."""
+"""The commands about dropping visual tokens: `pruning` and `pruning-table` for what it costs in answers, `acting` and
+`acting-table` for what it costs a policy that acts, `prefill` for what it gains."""
 
 from __future__ import annotations
 
@@ -87,6 +88,68 @@ def pruning_table(
     print(table.markdown(summaries))
     figure = (figures or file.parent) / f"{file.stem}.png"
     plots.pruning(summaries, figure)
+    err_console.print(f"{summary}\n{figure}", soft_wrap=True)
+
+
+def acting(
+    episodes: Annotated[int, typer.Option(help="Episodes per variant, a multiple of 25.")] = 200,
+    only: Annotated[
+        list[str] | None, typer.Option(help="Only variants whose name holds this text. May be repeated.")
+    ] = None,
+    seconds: Annotated[float | None, typer.Option(help="Begin nothing after this time.  [default: no end]")] = None,
+    shard: Annotated[str, typer.Option(help="i/n: the i-th of n processes that share the work.")] = "1/1",
+    threads: Annotated[int, typer.Option(help="CPU threads of this process.")] = 1,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out", "-o", help="JSONL file to append to.  [default: benchmarks/results/acting-tiny-vla.jsonl]"
+        ),
+    ] = None,
+) -> None:
+    """Let the tiny policy act with visual tokens dropped, the same episodes under every method.
+
+    Batches of a variant whose rows are in the file are skipped, so that the same command continues.
+    """
+    positive("--seconds", seconds)
+    positive("--threads", threads)
+    import torch
+
+    from . import acting as acted
+
+    torch.set_num_threads(threads)
+    out = out or acted.ROWS
+    with progress() as tick:
+        done, before, left = acted.run(
+            episodes=episodes, only=tuple(only or ()), seconds=seconds, shard=shard_of(shard), out=out, tick=tick
+        )
+    print(f"batches done: {done}, before: {before}, left: {left}; rows: {out}")
+
+
+def acting_table(
+    file: Annotated[
+        Path | None, typer.Argument(help="The rows.  [default: benchmarks/results/acting-tiny-vla.jsonl]")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Summary file.  [default: FILE with -summary in its name]")
+    ] = None,
+    figures: Annotated[Path | None, typer.Option(help="Folder of the figure.  [default: beside the file]")] = None,
+) -> None:
+    """Summarise the rows of `acting`: write a row per variant, print the table for documentation, and draw the figure."""
+    import torch
+
+    from . import acting_table as table
+    from . import plots, results
+    from .acting import ROWS
+
+    file = file or ROWS
+    if not file.exists():
+        raise FileNotFoundError(f"no rows at {file}; `python -m benchmarks acting --out {file}` writes them")
+    summaries = table.summarise(file, results.Machine.here(torch.device("cpu")))
+    summary = out or file.with_name(f"{file.stem}-summary.jsonl")
+    table.write_summary(summaries, summary)
+    print(table.markdown(summaries))
+    figure = (figures or file.parent) / f"{file.stem}.png"
+    plots.acting(summaries, figure)
     err_console.print(f"{summary}\n{figure}", soft_wrap=True)
 
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+    from .acting_table import Summary as Acted
     from .pruning_table import Summary as Pruned
     from .quality_table import Summary
     from .video import Line
@@ -363,6 +364,47 @@ def pruning(summaries: list[Pruned], path: Path) -> None:
         count = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
         subtitle = f"{count} questions per point, bars are standard errors; pale lines are the other panels'. It ranks no method for a real model."
         _heading(figure, f"Answers against visual tokens on {ran[0].model}", subtitle)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=DPI)
+
+
+def acting(summaries: list[Acted], path: Path) -> None:
+    """Draw success against the fraction of visual tokens kept: a panel per layer that methods prune before."""
+    ran = [s for s in summaries if s.layer is not None]
+    if not ran:
+        raise ValueError("acting: no method was measured; run `python -m benchmarks acting` without --only")
+    dense = next((s for s in summaries if s.layer is None), None)
+    layers = sorted({s.layer or 0 for s in ran}, reverse=True)
+    labels = list(dict.fromkeys(s.label for s in ran))
+    with _figure(11.0, 4.3) as figure:
+        axes = figure.subplots(1, len(layers), squeeze=False, sharex=True, sharey=True).flatten().tolist()
+        for ax, layer in zip(axes, layers, strict=True):
+            ax.set_xscale("log", base=2)
+            if dense is not None:
+                mean, error = dense.success
+                ax.axhline(mean, color=INK, linewidth=1.1, linestyle=(0, (5, 3)), zorder=1)
+                ax.axhspan(mean - error, mean + error, color=INK, alpha=0.08, linewidth=0, zorder=0)
+            for i, label in enumerate(labels):
+                line = sorted((s.keep or 0.0, *s.success) for s in ran if (s.layer, s.label) == (layer, label))
+                if not line:
+                    continue
+                x, y, bars = zip(*line, strict=True)
+                ax.errorbar(x, y, bars, label=label, color=COLOURS[i], marker=MARKERS[i], markersize=6, linewidth=1.7,
+                            elinewidth=1, capsize=2.5, markeredgecolor=PAPER, markeredgewidth=0.6, zorder=3)  # fmt: skip
+            ax.set_title(f"pruned before layer {layer} of 6", loc="left", fontsize=10.5, fontweight="bold", color=INK)
+            keeps = sorted({s.keep or 0.0 for s in ran})
+            ax.set_xticks(keeps, [f"{100 * k:g}%" for k in keeps])
+            ax.minorticks_off()
+            ax.set_xlabel("visual tokens kept from there on")
+            ax.yaxis.set_major_formatter(lambda v, _: f"{v:.0%}")
+            ax.grid(axis="y", color=RULE, linewidth=0.8)
+        axes[0].set_ylabel("episodes that succeed")
+        axes[0].legend(
+            loc="lower right", fontsize=8.5, frameon=True, facecolor=PAPER, edgecolor="none", framealpha=0.85
+        )
+        counts = sorted({s.episodes for s in ran})
+        subtitle = f"{counts[0]} episodes per point, bars are standard errors, the dashed line is dense. It ranks no method for a real robot."
+        _heading(figure, f"Success in closed loop against visual tokens on {ran[0].model}", subtitle)
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=DPI)
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -28,7 +29,10 @@ from mmeff.accelerate import find_host
 from mmeff.config import MethodConfig
 from mmeff.errors import UnsupportedModel
 from mmeff.evaluation.questions import Turn, chat, motion_turns, scene_turns
+from mmeff.pipelines.train_cacovid import CaCoVIDRecipe
+from mmeff.pipelines.train_cacovid_prompts import language_model
 from mmeff.pruning._base import TokenPruner
+from mmeff.pruning._cacovid_policy import Policy
 from mmeff.pruning.adaptinfer import AdaptInfer
 from mmeff.pruning.cacovid import CaCoVID
 from mmeff.pruning.debiased import Debiased
@@ -67,7 +71,7 @@ def rows_file(model: str) -> Path:
 # ---------------------------------------------------------------- variants
 
 
-def bases(policy: str = "") -> dict[str, tuple[TokenPruner, ...]]:
+def bases(policy: str = "", untrained: str = "") -> dict[str, tuple[TokenPruner, ...]]:
     """By label, the settings that `at_budget` starts from on six layers; the first that can reach a budget counts.
 
     Methods that are not named here start from their defaults; those of a plugin are found too.
@@ -84,6 +88,7 @@ def bases(policy: str = "") -> dict[str, tuple[TokenPruner, ...]]:
         "random": (RandomPruning(),),
         "random, layer 2": (RandomPruning(layer=2),),
         "CaCoVID": (CaCoVID(policy=policy),),
+        "CaCoVID, untrained": (CaCoVID(policy=untrained),),
     }
     taken = {type(b) for found in named.values() for b in found}
     others = [c for c in all_methods().values() if issubclass(c, TokenPruner) and c not in taken]
@@ -114,9 +119,12 @@ def variants(name: str, model: Any, policy: str = "") -> list[Variant]:
 
     def made(**fields: Any) -> Variant:
         method = fields.get("method")
+        settings = method and method.to_dict()
+        if isinstance(method, CaCoVID) and method.policy:
+            settings = {**method.to_dict(), "policy": _policy_weights(method.policy)}  # what it is, not where it lies
         parts = [
             name,
-            method and method.to_dict(),
+            settings,
             fields.get("reason"),
             SEEDS[name],
             BATCH,
@@ -127,12 +135,23 @@ def variants(name: str, model: Any, policy: str = "") -> list[Variant]:
 
     layers = int(model.config.get_text_config().num_hidden_layers)
     found = [made(label=DENSE)]
-    for label, starts in bases(policy).items():
+    for label, starts in bases(policy, _untrained(model).name if policy else "").items():
         why = _why_not(model, starts[0], layers)
         for budget in BUDGETS:
             method, reason = (None, why) if why else _at(starts, budget, layers)
             found.append(made(label=label, budget=budget, method=method, reason=reason))
     return found
+
+
+@cache
+def _untrained(model: Any) -> tempfile.TemporaryDirectory[str]:
+    """A folder with the policy that `mmeff train cacovid` starts from; it is there as long as this object."""
+    folder = tempfile.TemporaryDirectory(prefix="mmeff-untrained-")
+    language = language_model(model)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(CaCoVIDRecipe().seed)
+        Policy.from_layer(language.layers[0], language.config).save(folder.name)
+    return folder
 
 
 def _why_not(model: Any, method: TokenPruner, layers: int) -> str | None:
@@ -162,6 +181,11 @@ def _at(starts: Sequence[TokenPruner], budget: float, layers: int) -> tuple[Toke
 @cache
 def _weights(name: str) -> str:
     return hashlib.sha256((tiny.data_folder() / name / "model.safetensors").read_bytes()).hexdigest()
+
+
+@cache
+def _policy_weights(folder: str) -> str:
+    return hashlib.sha256((Path(folder) / "policy.safetensors").read_bytes()).hexdigest()
 
 
 # ---------------------------------------------------------------- rows

@@ -307,7 +307,7 @@ def train_cacovid_policy(
     updates: Annotated[int, typer.Option(help="Updates of a question.")] = 5,
     token_masks: Annotated[int, typer.Option(help="Masks of an update that the token head draws.")] = 23,
     frame_masks: Annotated[int, typer.Option(help="Masks of an update that the frame head draws.")] = 8,
-    lr: Annotated[float, typer.Option(help="Learning rate of the heads.")] = 1e-3,
+    lr: Annotated[float, typer.Option(help="Learning rate of the heads.")] = 3e-4,
     held_out: Annotated[int, typer.Option(help="Questions that are never trained on.")] = 64,
     held_out_every: Annotated[int, typer.Option(help="Questions between two held-out figures.")] = 100,
     keep: Annotated[float, typer.Option(help="Video tokens kept in held-out figures, as a fraction.")] = 0.25,

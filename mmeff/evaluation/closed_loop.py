@@ -136,12 +136,13 @@ def closed_loop(
     method: Any = None,
     batch: int = 32,
     horizon: int = manipulation.HORIZON,
+    first: int = 0,
     look: Look | None = None,
     hear: Hear | None = None,
     progress: Callable[[int, int], None] | None = None,
     **fields: Any,
 ) -> ClosedLoop:
-    """Run `episodes` episodes of the split `seed`, the first ones of it, whatever the batch.
+    """Run `episodes` episodes of the split `seed`, from number `first` on, the same ones whatever the batch.
 
     Args:
         method: a method, its class or its name, with `fields`, or a list; None runs the plain model.
@@ -153,28 +154,30 @@ def closed_loop(
     for name, value in (("episodes", episodes), ("batch", batch), ("horizon", horizon)):
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
+    if first < 0:
+        raise ValueError(f"first must be the number of an episode, at least 0, got {first}")
     policy = ProcessorPolicy(model, processor, look=look, hear=hear)
     if method is None:
-        return _run(policy, None, seed, episodes, batch, horizon, progress)
+        return _run(policy, None, seed, range(first, first + episodes), batch, horizon, progress)
     import mmeff
 
     with mmeff.accelerate(model, method, **fields) as handle:
-        return _run(policy, handle, seed, episodes, batch, horizon, progress)
+        return _run(policy, handle, seed, range(first, first + episodes), batch, horizon, progress)
 
 
 def _run(
-    policy: ProcessorPolicy, handle: Any, seed: int, episodes: int, batch: int, horizon: int,
+    policy: ProcessorPolicy, handle: Any, seed: int, episodes: range, batch: int, horizon: int,
     progress: Callable[[int, int], None] | None,
 ) -> ClosedLoop:  # fmt: skip
     began = time.perf_counter()
     taken: list[int | None] = []
-    for start in range(0, episodes, batch):
-        tables, state = manipulation.sample(seed, range(start, min(start + batch, episodes)))
+    for start in range(0, len(episodes), batch):
+        tables, state = manipulation.sample(seed, episodes[start : start + batch])
         begin_episode(handle)
         went = manipulation.rollout(policy, tables, state, horizon=horizon)
         taken += [int(n) if won else None for n, won in zip(went.steps, went.success, strict=True)]
         if progress:
-            progress(start + len(tables), episodes)
+            progress(start + len(tables), len(episodes))
     whole = time.perf_counter() - began
     seconds = {"world": whole - sum(policy.spent.values()), **policy.spent}
     return ClosedLoop(

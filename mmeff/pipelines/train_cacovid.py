@@ -90,7 +90,7 @@ class CaCoVIDRecipe:
         Larger steps, because a few hundred questions must do, and more tokens per mask.
         """
         return cls(**{"questions": 400, "alpha": 0.1, "alpha_floor": 0.05, "alpha_cap": 0.25, "frames_kept": 0.375,
-                      "lr": 1e-3, "warmup": 20, "held_out_every": 100, **fields})  # fmt: skip
+                      "lr": 3e-4, "warmup": 20, "held_out_every": 100, **fields})  # fmt: skip
 
     def __post_init__(self) -> None:
         if self.reward not in ("likelihood", "exact"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 
 import numpy as np
@@ -12,9 +13,11 @@ from PIL import Image
 
 from benchmarks import __main__ as cli
 from benchmarks import pruning, pruning_table, results, scored
+from mmeff import tiny
 from mmeff.evaluation.budget import layer_mean
 from mmeff.pruning import FastV, RandomPruning
 from mmeff.pruning._base import TokenPruner
+from mmeff.pruning._cacovid_policy import Policy
 from mmeff.registry import all_methods
 from mmeff.tiny import motions, scenes, video_vlm_model
 
@@ -259,3 +262,19 @@ def test_the_table_starts_from_settings_that_prune_where_they_may():
     assert [b.layer for b in pruning.bases()["FastV"]] == [2, 1]
     assert pruning.bases("folder")["CaCoVID"][0].policy == "folder"
     assert isinstance(pruning.bases()["Debiased FastV"][0].inner, FastV)
+
+
+def test_a_policy_counts_by_its_weights_and_has_an_untrained_twin(tmp_path):
+    folder = tiny.data_folder() / "cacovid-policy"
+    model, _ = pruning.load("tiny-video-vlm")
+    found = {v.name: v for v in pruning.variants("tiny-video-vlm", model, str(folder))}
+    shutil.copytree(folder, tmp_path / "elsewhere")
+    moved = {v.name: v for v in pruning.variants("tiny-video-vlm", model, str(tmp_path / "elsewhere"))}
+    assert {n: v.setting for n, v in moved.items()} == {n: v.setting for n, v in found.items()}
+    mine, twin = found["CaCoVID 25%"], found["CaCoVID, untrained 25%"]
+    assert mine.setting != twin.setting and mine.method.keep == twin.method.keep == 0.25
+    trained, fresh = Policy.load(folder), Policy.load(twin.method.policy)
+    assert trained.config.hidden_size == fresh.config.hidden_size
+    own = model.model.language_model.layers[0].state_dict()["self_attn.q_proj.weight"]
+    assert torch.equal(fresh.layer.state_dict()["self_attn.q_proj.weight"], own)
+    assert not torch.equal(trained.layer.state_dict()["self_attn.q_proj.weight"], own)
