@@ -353,15 +353,6 @@ def _print_table(result: Any) -> None:
         err_console.print(f"{name} accelerated nothing", style="red")
 
 
-def _under(model: Any, configs: list[MethodConfig], work: Any) -> tuple[Any, list[Any]]:
-    """The result of `work()` under the methods, if there are any, and their reports."""
-    if not configs:
-        return work(), []
-    with mmeff.accelerate(model, configs) as handles:
-        result = work()
-    return result, handles.report()
-
-
 @app.command()
 def generate(
     prompt: Annotated[str, typer.Argument(help="What the video shows.")],
@@ -375,28 +366,24 @@ def generate(
     frames: Annotated[int | None, typer.Option(help="Frames of the video.")] = None,
     steps: Annotated[int | None, typer.Option(help="Denoising steps.")] = None,
     guidance: Annotated[float | None, typer.Option(help="Classifier-free guidance scale.")] = None,
-    fps: Annotated[int, typer.Option(help="Frames per second of the mp4.")] = 8,
+    fps: Annotated[
+        int | None, typer.Option(help="Frames per second of the mp4.  [default: the pipeline's own rate, else 8]")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Noise seed.")] = 0,
     device: Device = "auto",
     dtype: Dtype = "auto",
     as_json: AsJson = False,
 ) -> None:
     """Generate one video, dense or with --method, and print what ran."""
-    import torch
-
-    from mmeff.pipelines.loading import load
-    from mmeff.video_io import write
+    from mmeff.pipelines import VideoGenerator
+    from mmeff.pipelines.recipe import check_out
 
     if not prompt.strip():
         raise ValueError("generate needs a prompt that is not empty")
     configs = chosen(method, config, set_, "radial") if method or config else []
     if set_ and not configs:
         raise ValueError("--set has no method to apply to; pass --method or --config")
-    if not out.parent.exists() or not os.access(out.parent, os.W_OK):
-        raise PermissionError(f"cannot write {out}: {out.parent} is missing or not writable; choose another --out")
-    loaded = load(model, device=device, dtype=dtype)
-    if loaded.kind != "video":
-        raise ValueError(f"{model} is a vision-language model and makes no videos; use `mmeff ask`")
+    check_out(out)  # a path that cannot be written must not cost a model load
     given = {
         "height": height,
         "width": width,
@@ -404,16 +391,13 @@ def generate(
         "num_inference_steps": steps,
         "guidance_scale": guidance,
     }
-    call = {**_video_defaults(loaded), **{k: v for k, v in given.items() if v is not None}}
-    noise = torch.Generator(device="cpu").manual_seed(seed)
-    video, reports = _under(
-        loaded.model, configs, lambda: loaded.model(prompt, **call, generator=noise, output_type="np").frames[0]
-    )
-    write(out, video, fps=fps)
+    with VideoGenerator(model, configs, device=device, dtype=dtype) as generator:
+        call = {k: v for k, v in given.items() if v is not None}
+        clip = generator.generate(prompt, seed=seed, fps=fps, out=out, **call)
     if as_json:
-        _print_json({"video": out, "reports": [r.to_dict() for r in reports]})
+        _print_json({"video": out, "reports": [r.to_dict() for r in clip.reports]})
     else:
-        for report in reports:
+        for report in clip.reports:
             print(report)
         print(f"video: {out}")
 
@@ -434,12 +418,11 @@ def ask(
     as_json: AsJson = False,
 ) -> None:
     """Ask a vision-language model about images or a video, dense or with --method, and print what ran."""
-    from mmeff.evaluation.questions import answer
-    from mmeff.pipelines.loading import load
+    from mmeff.pipelines import VisionLanguageModel
 
     if not question.strip():
         raise ValueError("ask needs a question that is not empty")
-    pictures = _pictures(image, video, video_frames)
+    pictures = _pictures(image, video, video_frames)  # unreadable media must not cost a model load
     if not pictures:
         raise ValueError(
             "ask needs an image: visual tokens are what is pruned; pass --image photo.jpg or --video clip.mp4"
@@ -447,19 +430,13 @@ def ask(
     configs = chosen(method, config, set_, "fastv") if method or config else []
     if set_ and not configs:
         raise ValueError("--set has no method to apply to; pass --method or --config")
-    loaded = load(model, device=device, dtype=dtype)
-    if loaded.kind != "vlm":
-        raise ValueError(f"{model} is a video pipeline and answers no questions; use `mmeff generate`")
-    text, reports = _under(
-        loaded.model,
-        configs,
-        lambda: answer(loaded.model, loaded.processor, [pictures], [question], new_tokens=new_tokens)[0],
-    )
+    with VisionLanguageModel(model, configs, device=device, dtype=dtype) as vlm:
+        answer = vlm.ask(question, images=pictures, new_tokens=new_tokens)
     if as_json:
-        _print_json({"answer": text, "reports": [r.to_dict() for r in reports]})
+        _print_json({"answer": answer.text, "reports": [r.to_dict() for r in answer.reports]})
     else:
-        print(text)
-        for report in reports:
+        print(answer.text)
+        for report in answer.reports:
             print(report)
 
 

@@ -73,13 +73,18 @@ def load(source: str, *, device: str = "auto", dtype: str = "auto") -> Loaded:
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     try:
-        model = AutoModelForImageTextToText.from_pretrained(source, dtype=chosen, use_safetensors=True)
+        model = AutoModelForImageTextToText.from_pretrained(
+            source, dtype=chosen, use_safetensors=True, trust_remote_code=False
+        )
     except ValueError as error:
         raise UnsupportedModel(
             f"{source} is not a vision-language model that transformers can build: {error}"
         ) from error
     return Loaded(
-        kind="vlm", model=model.to(device).eval(), processor=AutoProcessor.from_pretrained(source), source=source
+        kind="vlm",
+        model=model.to(device).eval(),
+        processor=AutoProcessor.from_pretrained(source, trust_remote_code=False),
+        source=source,
     )
 
 
