@@ -20,6 +20,51 @@ from typing import Any
 SPARSE, FULL, DENSE = "sparse", "full", "dense"
 
 
+class Span:
+    """A stretch of time that belongs to `name`.
+
+    share: what of it counts, and may be set until the report is made; a negative share is taken off the span around it.
+    """
+
+    def __init__(self, name: str, device: Any) -> None:
+        self.name, self.share = name, 1.0
+        self._events: tuple[Any, Any] | None = None
+        if getattr(device, "type", None) == "cuda":
+            import torch
+
+            self._events = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            self._events[0].record()
+        self._began = time.perf_counter()
+
+    def end(self) -> None:
+        """Close it."""
+        if self._events is not None:
+            self._events[1].record()
+        self._ended = time.perf_counter()
+
+    def seconds(self) -> float:
+        """How long it was; waits for outstanding CUDA events."""
+        if self._events is None:
+            return self._ended - self._began
+        self._events[1].synchronize()
+        return float(self._events[0].elapsed_time(self._events[1])) / 1000
+
+
+@dataclass(frozen=True)
+class TokenPlaces:
+    """Where the visual tokens of the last prompt lie in its pictures, by the positions that `Report.kept` names.
+
+    picture: (B, V) which image of the row, or which frame of its videos, as the model merges them, from 0; -1 where a row has
+    fewer tokens. box: (B, V, 4) left, top, right, bottom in shares of the picture as the model was given it: scaled, and
+    where its processor cuts out the middle, of that; NaN where a token's place cannot be told. tile: (B, V) bool, tokens of
+    parts of a picture that the model also sees whole.
+    """
+
+    picture: Any
+    box: Any
+    tile: Any
+
+
 class Recorder:
     """Counters and clocks of one handle. Hosts call it while the model runs; it never synchronises a device in the loop."""
 
@@ -36,10 +81,11 @@ class Recorder:
         self.backends: Counter[str] = Counter()
         self.forwards = 0
         self.kept: dict[int, Any] = {}
+        self.places: TokenPlaces | None = None
         self.tokens: dict[str, Any] = {}
         self._seconds: dict[str, float] = defaultdict(float)
         self._spans: dict[str, int] = defaultdict(int)
-        self._events: list[tuple[str, Any, Any]] = []
+        self._ended: list[Span] = []
 
     def call(
         self,
@@ -69,24 +115,14 @@ class Recorder:
         self.fallbacks[reason] += 1
 
     @contextmanager
-    def time(self, name: str, device: Any = None) -> Iterator[None]:
+    def time(self, name: str, device: Any = None) -> Iterator[Span]:
         """Add the span to `seconds[name]`; on a CUDA device through events that are read when the report is made."""
-        if getattr(device, "type", None) == "cuda":
-            import torch
-
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            try:
-                yield
-            finally:
-                end.record()
-                self._events.append((name, begin, end))
-            return
-        started = time.perf_counter()
+        span = Span(name, device)
         try:
-            yield
+            yield span
         finally:
-            self.add_seconds(name, time.perf_counter() - started)
+            span.end()
+            self._ended.append(span)
 
     def add_seconds(self, name: str, seconds: float) -> None:
         """Add a span that the caller timed."""
@@ -95,14 +131,15 @@ class Recorder:
 
     def seconds(self) -> dict[str, float]:
         """Total seconds per span name. Waits for outstanding CUDA events."""
-        for name, begin, end in self._events:
-            end.synchronize()
-            self.add_seconds(name, begin.elapsed_time(end) / 1000)
-        self._events.clear()
+        for span in self._ended:
+            self._seconds[span.name] += span.share * span.seconds()
+            self._spans[span.name] += span.share > 0
+        self._ended.clear()
         return dict(self._seconds)
 
     def spans(self) -> dict[str, int]:
         """How many spans each total in `seconds` adds up."""
+        self.seconds()
         return dict(self._spans)
 
     def total(self, kind: str) -> int:
@@ -117,7 +154,7 @@ class Report:
     Fields: `method` the resolved config; `model` and `host` what it ran on; `note` what the reader must know about the model
     (a tiny or random one); `calls` totals by kind; `layers` per-layer calls and mean density; `steps` per-step calls;
     `kept[layer]` the original visual positions (B, K) of the last prompt that survive from that layer on, counted within the
-    row's visual tokens, -1 where a row kept fewer than K;
+    row's visual tokens, -1 where a row kept fewer than K; `places` where they lie in its pictures, see `TokenPlaces`;
     `tokens` counts; `seconds` and `spans` per phase; `fallbacks` reasons with counts; `remarks` what else is worth knowing; `environment` versions and hardware.
     """
 
@@ -130,6 +167,7 @@ class Report:
     steps: dict[int, dict[str, int]] = field(default_factory=dict)
     density: float | None = None
     kept: dict[int, Any] = field(default_factory=dict)
+    places: TokenPlaces | None = None
     tokens: dict[str, Any] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     spans: dict[str, int] = field(default_factory=dict)
@@ -144,8 +182,9 @@ class Report:
         return self.calls.get(SPARSE, 0)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types; `kept` as nested lists."""
-        plain = {name: copy.deepcopy(getattr(self, name)) for name in self.__dataclass_fields__ if name != "kept"}
+        """Plain JSON types; `kept` as nested lists, without `places`."""
+        names = self.__dataclass_fields__.keys() - {"kept", "places"}
+        plain = {name: copy.deepcopy(getattr(self, name)) for name in self.__dataclass_fields__ if name in names}
         plain["remarks"] = list(self.remarks)
         plain["kept"] = {str(k): v.tolist() for k, v in self.kept.items()}
         plain["layers"] = {str(k): v for k, v in self.layers.items()}
@@ -197,6 +236,7 @@ def make_report(recorder: Recorder, *, method: dict[str, Any], model: str, host:
         steps={step: dict(counter) for step, counter in sorted(recorder.steps.items())},
         density=sum(every) / len(every) if every else None,
         kept=dict(recorder.kept),
+        places=recorder.places,
         tokens=dict(recorder.tokens),
         seconds=recorder.seconds(),
         spans=recorder.spans(),

@@ -81,6 +81,7 @@ def compare_vlm(
     said: dict[str, list[str]] = {name: [""] * len(cases) for name in names}
     reports: dict[str, Report] = {}
     kept: dict[str, list[Any]] = {name: [] for name in names}
+    places: dict[str, list[Any]] = {name: [] for name in names}
     counted: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     total, done = len(cases) * len(names) * (repeats + 1), 0
 
@@ -108,6 +109,7 @@ def compare_vlm(
                 reports[name] = report
         for name in names[1:]:
             kept[name].append(reports[name].kept)
+            places[name].append(reports[name].places)
             counted[name].append(reports[name].tokens)
     measured: dict[str, dict[str, Any]] = {}
     for name in names:
@@ -128,7 +130,9 @@ def compare_vlm(
     rows = tuple(_row(name, measured[name], everything) for name in names)
     sections: tuple[Section, ...] = ()
     if folder is not None:
-        sections = pages(folder, cases, measured, reports, kept, columns=COLUMNS, rows=rows, model=model, remark=remark)
+        sections = pages(
+            folder, cases, measured, reports, kept, places, columns=COLUMNS, rows=rows, model=model, remark=remark
+        )
     best = min(names[1:], key=lambda n: measured[n]["latency"].median)
     return Comparison(
         kind="vlm", model=describe_model(model), note=model_note(model), remark=remark, columns=COLUMNS, rows=rows,

@@ -12,7 +12,7 @@ from mmeff.evaluation.page import Figure, Listing, Section, Table
 from mmeff.evaluation.pictures import kept_sheet, time_split
 from mmeff.evaluation.run_folder import RunFolder
 from mmeff.handle import describe_model
-from mmeff.report import Report
+from mmeff.report import Report, TokenPlaces
 
 SHOWN = 6  # questions with a picture of their tokens
 FRAMES = 8  # of a video that a picture shows
@@ -20,13 +20,15 @@ FRAMES = 8  # of a video that a picture shows
 
 def pages(
     folder: RunFolder, cases: Sequence[Mapping[str, Any]], measured: Mapping[str, dict[str, Any]],
-    reports: Mapping[str, Report], kept: Mapping[str, Sequence[Mapping[int, Any]]], *, columns: Sequence[str],
-    rows: Sequence[Sequence[Any]], model: Any, remark: str,
+    reports: Mapping[str, Report], kept: Mapping[str, Sequence[Mapping[int, Any]]],
+    places: Mapping[str, Sequence[TokenPlaces | None]], *, columns: Sequence[str], rows: Sequence[Sequence[Any]], model: Any,
+    remark: str,
 ) -> tuple[Section, ...]:  # fmt: skip
     """Write the pictures into the folder, and make the section that shows them.
 
     Args:
-        measured, reports: by variant, dense first. kept: by variant and question, the tokens kept from each layer on.
+        measured, reports: by variant, dense first. kept, places: by variant and question, the tokens kept from each layer
+            on, and where those of the prompt lie.
         columns, rows: of the table of figures.
     """
     names = list(measured)
@@ -34,7 +36,7 @@ def pages(
     for name in names[1:]:
         for i, case in enumerate(cases[:SHOWN]):
             words = f"“{case['question']}”: dense “{measured['dense']['answers'][i]}”, {name} “{measured[name]['answers'][i]}”."
-            figures += _kept(folder, name, i, case["images"], kept[name][i], model, words)
+            figures += _kept(folder, name, i, case["images"], kept[name][i], places[name][i], model, words)
     split = {name: {k: v for k, v in measured[name]["phases"].items() if v} for name in names}
     picture = time_split(split, title="Time of one answer")
     folder.write_image("pictures/vlm-time.png", picture)
@@ -63,42 +65,36 @@ def pages(
 
 
 def _kept(
-    folder: RunFolder, name: str, i: int, images: Sequence[Any], kept: Mapping[int, Any], model: Any, words: str
-) -> list[Figure]:
-    """The picture of one question, or nothing where the method never acted or the tokens are no plain grid per picture."""
-    grid = visual_grid(model)
-    if (
-        grid is None
-        or not kept
-        or any(int(np.asarray(p).max(initial=-1)) >= len(images) * grid[0] * grid[1] for p in kept.values())
-    ):
+    folder: RunFolder, name: str, i: int, images: Sequence[Any], kept: Mapping[int, Any], places: TokenPlaces | None,
+    model: Any, words: str,
+) -> list[Figure]:  # fmt: skip
+    """The picture of one question, or nothing where the method never acted or no token's place is known."""
+    if places is None or not kept:
+        return []
+    mine = TokenPlaces(*(np.asarray(x[0]) for x in (places.picture, places.box, places.tile)))
+    if not np.isfinite(mine.box).any():
         return []
     picture = kept_sheet(
-        [as_seen(image, model) for image in images], {k: np.asarray(p[0]) for k, p in kept.items()}, grid, count=FRAMES
+        [as_seen(image, model) for image in images], {k: np.asarray(p[0]) for k, p in kept.items()}, mine, count=FRAMES
     )
     folder.write_image(f"pictures/kept-{slug(name)}-{i}.png", picture)
     left = ", ".join(f"{int((np.asarray(p[0]) >= 0).sum())} from layer {layer} on" for layer, p in kept.items())
-    total = len(images) * grid[0] * grid[1]
-    some = f" {FRAMES} of {len(images)} frames are shown." if len(images) > FRAMES else ""
+    there = mine.picture >= 0
+    lost = int((there & ~np.isfinite(mine.box).all(-1)).sum())
+    notes = f" {FRAMES} of {len(images)} frames are shown." if int(mine.picture.max()) >= FRAMES else ""
+    notes += f" {lost} tokens, whose places cannot be told, are not drawn." if lost else ""
     return [
         Figure(
             image=picture, alt=f"What the model saw, with the tokens that {name} dropped darkened",
-            caption=f"{words} Of {total} tokens {left}.{some}",
+            caption=f"{words} Of {int(there.sum())} tokens {left}.{notes}",
         )
     ]  # fmt: skip
 
 
-def visual_grid(model: Any) -> tuple[int, int] | None:
-    """Rows and columns of visual tokens of one image, where every image is one plain grid."""
-    if model.config.model_type != "llava":  # others have tiles, pooled grids, or as many tokens as the picture is large
-        return None
-    vision = model.config.vision_config
-    side = int(vision.image_size) // int(vision.patch_size)
-    return side, side
-
-
 def as_seen(image: Any, model: Any) -> Any:
-    """The square centre of an image, which is what CLIP's preprocessing shows the model."""
+    """An image as the model was shown it: of LLaVA-1.5 the square centre, which CLIP's preprocessing cuts out."""
+    if model.config.model_type != "llava":
+        return image
     side = min(image.size)
     left, top = (image.size[0] - side) // 2, (image.size[1] - side) // 2
     size = int(model.config.vision_config.image_size)

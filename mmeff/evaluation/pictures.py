@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from mmeff.report import TokenPlaces
 from mmeff.video_io import spread, to_uint8
 
 if TYPE_CHECKING:
@@ -99,91 +100,110 @@ def strip(videos: Mapping[str, Any], count: int = 8, *, min_height: int = 96) ->
     return _sheet({label: list(tile) for label, tile in tiles.items()}, heads)
 
 
-def kept_sheet(frames: Sequence[Any], kept: Mapping[int, Any], grid: tuple[int, int], *, count: int = 8) -> Image.Image:
-    """Show which visual tokens survive from layer to layer: stages beside one picture, or below the frames of a video.
+def kept_sheet(frames: Sequence[Any], kept: Mapping[int, Any], places: TokenPlaces, *, count: int = 8) -> Image.Image:
+    """Show which visual tokens survive from layer to layer: stages beside one picture, or below several pictures or frames.
+
+    A picture that the model sees whole and in tiles stands twice, once with the tokens of each.
 
     Args:
-        frames: PIL images or (H, W, 3) of one size, as the model saw them; tokens of a frame follow those of the one before.
-        kept: layer -> positions in [0, frames * rows * columns) of the tokens kept from there on; -1 is skipped.
-        grid: (rows, columns) of tokens over each frame.
-        count: frames shown at most, spread evenly from the first to the last.
-    Raises: ValueError for no frames, and as `kept_overlay`.
+        frames: PIL images or (H, W, 3) as the model saw them; with more frames than the model's pictures, each of those
+            stands for equally many frames, of which the first is shown.
+        kept: layer -> positions in [0, V) of the tokens kept from there on; -1 is skipped.
+        places: of one prompt: picture (V,), box (V, 4), tile (V,); see `Report.places`. Tokens without a place are not drawn.
+        count: pictures shown at most, spread evenly from the first to the last.
+    Raises: ValueError for no frames, fewer frames than pictures, no token with a place, or positions outside.
     """
-    if not frames:
-        raise ValueError("kept_sheet needs at least one frame, got none")
-    each = grid[0] * grid[1]
-    height = 240 if len(frames) == 1 else 160 if len(frames) <= 4 else 96
-    chosen = spread(len(frames), min(count, len(frames)))
-    rows: dict[str, list[np.ndarray]] = {
-        "as seen": [np.asarray(kept_overlay(frames[i], range(each), grid, min_height=height)) for i in chosen]
-    }
+    picture, box, tile = (np.asarray(x) for x in (places.picture, places.box, places.tile))
+    pictures, tokens = int(picture.max(initial=-1)) + 1, int((picture >= 0).sum())
+    if not frames or len(frames) < pictures:
+        raise ValueError(f"kept_sheet needs a frame for each of {max(pictures, 1)} pictures, got {len(frames)}")
+    placed = (picture >= 0) & np.isfinite(box).all(-1)
+    if not placed.any():
+        raise ValueError(f"kept_sheet needs tokens whose places are known, got none of {tokens}")
+    panels = []
+    for p in spread(pictures, min(count, pictures)):
+        parts = [(word, placed & (picture == p) & (tile == t)) for t, word in ((False, "whole"), (True, "in tiles"))]
+        parts = [(word, mine) for word, mine in parts if mine.any()]
+        name = f"{'picture' if len(frames) == pictures else 'frames from'} {p * len(frames) // pictures}"
+        panels += [(p, f"{name}, {word}" if len(parts) > 1 else name, mine) for word, mine in parts]
+    height = 240 if len(panels) == 1 else 160 if len(panels) <= 4 else 96
+    images = [_fit(frames[p * len(frames) // pictures], height) for p, _, _ in panels]
+    rows: dict[str, list[np.ndarray]] = {"as seen": images}
     for layer, positions in kept.items():
         mine = np.asarray(positions).astype(np.int64).reshape(-1)
         mine = mine[mine != -1]
-        if mine.size and not (mine.min() >= 0 and mine.max() < each * len(frames)):
+        if mine.size and not (mine.min() >= 0 and mine.max() < tokens):
             raise ValueError(
-                f"kept must hold positions in [0, {each * len(frames) - 1}] for {len(frames)} frames of {each} tokens, got "
-                f"{mine.min()} to {mine.max()}"
+                f"kept must hold positions in [0, {tokens - 1}] for {tokens} tokens, got {mine.min()} to {mine.max()}"
             )
+        stays = np.isin(np.arange(len(picture)), mine)
         rows[f"from layer {layer}: {mine.size}"] = [
-            np.asarray(kept_overlay(frames[i], mine[mine // each == i] % each, grid, min_height=height)) for i in chosen
+            np.asarray(kept_overlay(image, box[here & stays], min_height=0))
+            for image, (_, _, here) in zip(images, panels, strict=True)
         ]
-    if len(frames) == 1:
+    if len(panels) == 1:
         return _sheet({"": [row[0] for row in rows.values()]}, list(rows))
-    return _sheet(rows, [f"frame {i}" for i in chosen])
+    return _sheet(rows, [head for _, head, _ in panels])
+
+
+def _fit(image: Any, height: int) -> np.ndarray:
+    """(H, W, 3) uint8: enlarged by a whole factor to at least this height, or shrunk to it."""
+    pixels = to_uint8([image] if isinstance(image, Image.Image) else np.asarray(image)[None])[0]
+    if pixels.shape[0] > 1.25 * height:
+        whole = Image.fromarray(pixels)
+        return np.asarray(
+            whole.resize((max(1, round(whole.width * height / whole.height)), height), Image.Resampling.LANCZOS)
+        )
+    return _enlarged(pixels[None], _factor(pixels.shape[0], height))[0]
 
 
 def _sheet(rows: Mapping[str, Sequence[np.ndarray]], heads: Sequence[str]) -> Image.Image:
-    """Pictures as a table: labelled rows, each with a picture (H, W, 3) for every head. Heights may differ by row."""
+    """Pictures as a table: labelled rows, each with a picture (H, W, 3) for every head; sizes may differ."""
     gap, font, small = 6, _font(15, bold=True), _font(13)
-    tile_w = max(tile.shape[1] for row in rows.values() for tile in row)
+    widths = [
+        max(min(120, math.ceil(small.getlength(text))), *(tile.shape[1] for tile in column))
+        for text, column in zip(heads, zip(*rows.values(), strict=True), strict=True)
+    ]
     label_w = min(max(math.ceil(font.getlength(label)) for label in rows) + 3 * gap, 220) if any(rows) else gap
     head = 26
-    width = label_w + len(heads) * (tile_w + gap) + gap
-    height = head + sum(row[0].shape[0] + gap for row in rows.values()) + gap
+    starts = np.cumsum([label_w, *(w + gap for w in widths)]).tolist()
+    width = starts[-1] + gap
+    height = head + sum(max(tile.shape[0] for tile in row) + gap for row in rows.values()) + gap
     sheet = Image.new("RGB", (width, height), PAPER)
     draw = ImageDraw.Draw(sheet)
     for column, text in enumerate(heads):
-        x = label_w + column * (tile_w + gap) + tile_w / 2
-        draw.text((x, head / 2), _fitted(text, small, tile_w), font=small, fill=MUTED, anchor="mm")
+        x = starts[column] + widths[column] / 2
+        draw.text((x, head / 2), _fitted(text, small, widths[column]), font=small, fill=MUTED, anchor="mm")
     y = head
     for label, row in rows.items():
-        h, w = row[0].shape[:2]
+        h = max(tile.shape[0] for tile in row)
         draw.text((2 * gap, y + h / 2), _fitted(label, font, label_w - 3 * gap), font=font, fill=INK, anchor="lm")
         for column, tile in enumerate(row):
-            sheet.paste(Image.fromarray(tile), (label_w + column * (tile_w + gap) + (tile_w - w) // 2, y))
+            sheet.paste(Image.fromarray(tile), (starts[column] + (widths[column] - tile.shape[1]) // 2, y))
         y += h + gap
     return sheet
 
 
-def kept_overlay(
-    image: Any, kept: Any, grid: tuple[int, int], *, min_height: int = 336, darken: float = 0.6
-) -> Image.Image:
-    """Show which visual tokens of an image survived: the dropped ones are darkened, the kept ones stay as they are.
+def kept_overlay(image: Any, boxes: Any, *, min_height: int = 336, darken: float = 0.6) -> Image.Image:
+    """Show which visual tokens of an image survived: what none of them covers is darkened, the rest stays as it is.
 
     Args:
         image: PIL image or (H, W, 3), as the model saw it (after resizing and cropping).
-        kept: positions of the kept tokens in [0, rows * columns), row-major; -1, which pads a `Report.kept` row, is
-            skipped.
-        grid: (rows, columns) of tokens over the image.
+        boxes: (K, 4) left, top, right, bottom of the kept tokens, in shares of width and height.
         darken: how much light the dropped tokens lose, 0 to 1.
-    Raises: ValueError for positions outside the grid.
+    Raises: ValueError for boxes outside the image.
     """
     pixels = to_uint8([image] if isinstance(image, Image.Image) else np.asarray(image)[None])[0]
-    rows, columns = grid
-    positions = np.asarray(kept).astype(np.int64).reshape(-1)
-    positions = positions[positions != -1]
-    if positions.size and not (positions.min() >= 0 and positions.max() < rows * columns):
+    boxes = np.asarray(boxes, dtype=np.float64).reshape(-1, 4)
+    if not ((boxes >= -1e-6) & (boxes <= 1 + 1e-6) & (boxes[:, [0, 1, 0, 1]] <= boxes)).all():
         raise ValueError(
-            f"kept must hold positions in [0, {rows * columns - 1}] for a {rows}x{columns} grid, "
-            f"got {positions.min()} to {positions.max()}"
+            f"boxes must be (left, top, right, bottom) in [0, 1], got values from {boxes.min()} to {boxes.max()}"
         )
     pixels = _enlarged(pixels[None], _factor(pixels.shape[0], min_height))[0].astype(np.float32)
     H, W = pixels.shape[:2]
-    keep = np.zeros(rows * columns, bool)
-    keep[positions] = True
-    cell_y, cell_x = np.arange(H) * rows // H, np.arange(W) * columns // W
-    lit = keep.reshape(rows, columns)[cell_y][:, cell_x]
+    lit = np.zeros((H, W), bool)
+    for left, top, right, bottom in np.rint(boxes * (W, H, W, H)).astype(int):
+        lit[top:bottom, left:right] = True
     grey = pixels.mean(-1, keepdims=True)
     dropped = (0.35 * pixels + 0.65 * grey) * (1 - darken)  # less colour too: a dark object must not look dropped
     picture = np.where(lit[..., None], pixels, dropped)

@@ -112,23 +112,22 @@ def greedy_map(kernel: Tensor, counts: Tensor, present: Tensor) -> Tensor:
     """
     whole = kernel.diagonal(dim1=1, dim2=2)
     gain = whole.clone()
-    noise = 64 * torch.finfo(kernel.dtype).eps
+    noise, behind = 64 * torch.finfo(kernel.dtype).eps * whole, -1 / (1 + whole)
     turns = min(int(counts.max()), kernel.shape[1])
     factor = kernel.new_zeros(len(kernel), turns, kernel.shape[1])
     done = 0
 
     def value() -> Tensor:
-        return torch.where(gain <= noise * whole, -1 / (1 + whole), gain)
+        return torch.where(gain <= noise, behind, gain)
 
     def after(best: Tensor) -> Tensor:
         nonlocal gain, done
         own = factor[:, :done].gather(2, best[:, None].expand(-1, done, -1))  # (B, done, 1)
         row = row_of(kernel, best) - (own.transpose(1, 2) @ factor[:, :done])[:, 0]
         left = gain.gather(1, best)
-        spent = left <= noise * whole.gather(1, best)
-        row = torch.where(spent, 0.0, row / left.sqrt())
+        row = torch.where(left <= noise.gather(1, best), 0.0, row / left.sqrt())
         factor[:, done], done = row, done + 1
-        gain = gain - row**2
+        gain = gain - row * row
         return value()
 
     return greedy(value(), counts, present, after)

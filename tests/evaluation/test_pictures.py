@@ -13,6 +13,7 @@ from PIL import Image
 from mmeff.evaluation import pictures
 from mmeff.evaluation.pictures import CurvePoint
 from mmeff.kernels import BlockLayout
+from mmeff.report import TokenPlaces
 
 
 def flat(colour, T=4, H=48, W=48):
@@ -100,9 +101,16 @@ def test_wrong_strips(videos, count, message):
         pictures.strip(videos, count)
 
 
+def grid_boxes(rows, columns, positions):
+    return [
+        [p % columns / columns, p // columns / rows, (p % columns + 1) / columns, (p // columns + 1) / rows]
+        for p in positions
+    ]
+
+
 def test_kept_overlay_keeps_what_is_kept():
     image = np.full((60, 80, 3), 200, np.uint8)
-    out = np.asarray(pictures.kept_overlay(image, torch.tensor([0, 5, -1, -1]), (3, 4), min_height=60))
+    out = np.asarray(pictures.kept_overlay(image, torch.tensor(grid_boxes(3, 4, [0, 5])), min_height=60))
     assert out.shape == (60, 80, 3)
     cells = out.reshape(3, 20, 4, 20, 3)[:, 5:15, :, 5:15].mean((1, 3, 4))
     assert cells[0, 0] == cells[1, 1] == 200
@@ -112,16 +120,16 @@ def test_kept_overlay_keeps_what_is_kept():
 
 def test_kept_overlay_covers_images_that_the_grid_does_not_divide():
     image = Image.new("RGB", (50, 37), (255, 255, 255))
-    everything = np.asarray(pictures.kept_overlay(image, range(24 * 24), (24, 24)))
+    everything = np.asarray(pictures.kept_overlay(image, grid_boxes(24, 24, range(24 * 24))))
     assert (everything == 255).all() and everything.shape[0] >= 336
-    nothing = np.asarray(pictures.kept_overlay(image, [], (24, 24)))
+    nothing = np.asarray(pictures.kept_overlay(image, []))
     assert (nothing < 120).all()
 
 
-@pytest.mark.parametrize("kept", [[12], [-2], [0, 99]])
-def test_kept_positions_outside_the_grid(kept):
-    with pytest.raises(ValueError, match=r"positions in \[0, 11\] for a 3x4 grid, got"):
-        pictures.kept_overlay(np.zeros((9, 9, 3), np.uint8), kept, (3, 4))
+@pytest.mark.parametrize("box", [[0, 0, 1, 1.2], [-0.1, 0, 1, 1], [0.5, 0, 0.4, 1], [0, float("nan"), 1, 1]])
+def test_boxes_outside_the_image(box):
+    with pytest.raises(ValueError, match=r"boxes must be \(left, top, right, bottom\) in \[0, 1\], got values from"):
+        pictures.kept_overlay(np.zeros((9, 9, 3), np.uint8), [[0, 0, 1, 1], box])
 
 
 # ---------------------------------------------------------------- charts
@@ -250,22 +258,57 @@ def test_charts_need_no_main_thread():
     assert done
 
 
+def places(pictures, tiles=0):
+    """Of pictures of 2 x 2 tokens, behind which each has `tiles` x `tiles` tokens of tiles."""
+    each = [*grid_boxes(2, 2, range(4)), *grid_boxes(tiles, tiles, range(tiles**2))]
+    return TokenPlaces(
+        np.repeat(np.arange(pictures), len(each)), np.array(each * pictures, np.float32),
+        np.array(([False] * 4 + [True] * tiles**2) * pictures),
+    )  # fmt: skip
+
+
+def bright(image):
+    return int((np.asarray(image) == (200, 40, 40)).all(-1).sum())
+
+
 def test_kept_sheet_of_a_picture_and_of_a_video():
     frames = [flat((200, 40, 40), T=1)[0]] * 3
     whole = {0: range(12), 2: [0, 4, 9, -1]}
-    one = pictures.kept_sheet(frames[:1], {2: [0, 3]}, (2, 2))
-    clip = np.asarray(pictures.kept_sheet(frames, whole, (2, 2)))
+    one = pictures.kept_sheet(frames[:1], {2: [0, 3]}, places(1))
+    clip = pictures.kept_sheet(frames, whole, places(3))
     assert one.width > 2 * 240 and one.height < 1.3 * one.width / 2, "stages stand beside each other"
-    assert clip.shape[0] > 3 * 160, "stages stand below each other"
-    bright = (clip == (200, 40, 40)).all(-1)
+    assert clip.height > 3 * 160, "stages stand below each other"
     frame = 192 * 192  # 48 pixels, enlarged by a whole factor to at least 160
-    assert bright.sum() == pytest.approx((3 + 3 + 3 / 4) * frame, rel=0.02), "as seen, all kept, three of twelve kept"
+    assert bright(clip) == pytest.approx((3 + 3 + 3 / 4) * frame, rel=0.02), "as seen, all kept, three of twelve kept"
+    pairs = pictures.kept_sheet(frames[:1] * 6, whole, places(3))
+    assert bright(pairs) == bright(clip), "a model that merges two frames has half as many pictures"
+
+
+def test_kept_sheet_of_tiles():
+    """A picture that is seen whole and in tiles stands twice; tokens whose places are not known are not drawn."""
+    frame, mine = flat((200, 40, 40), T=1)[0], places(1, tiles=4)
+    area = 192 * 192
+    kept = {1: [0, 1, 2, 3, 4]}
+    assert bright(pictures.kept_sheet([frame], kept, mine)) == pytest.approx((2 + 1 + 1 / 16) * area, rel=0.02)
+    mine.box[4:] = np.nan
+    assert bright(pictures.kept_sheet([frame], kept, mine)) == pytest.approx(2 * 240 * 240, rel=0.02)
+
+
+def test_pictures_of_different_sizes_stand_in_one_sheet():
+    frames = [np.full((h, w, 3), (200, 40, 40), np.uint8) for h, w in ((900, 300), (80, 160))]
+    sheet = pictures.kept_sheet(frames, {1: range(8)}, places(2))
+    areas = 160 * 53 + 160 * 320
+    assert bright(sheet) == pytest.approx(2 * areas, rel=0.03)
 
 
 @pytest.mark.parametrize(
     ("frames", "kept", "message"),
-    [(0, {}, "at least one frame"), (2, {1: [8]}, r"in \[0, 7\] for 2 frames of 4 tokens, got 8 to 8")],
+    [
+        (0, {}, "a frame for each of 2 pictures, got 0"),
+        (1, {}, "a frame for each of 2 pictures, got 1"),
+        (2, {1: [8]}, r"in \[0, 7\] for 8 tokens, got 8 to 8"),
+    ],
 )
 def test_wrong_kept_sheets(frames, kept, message):
     with pytest.raises(ValueError, match=message):
-        pictures.kept_sheet([flat((9, 9, 9), T=1)[0]] * frames, kept, (2, 2))
+        pictures.kept_sheet([flat((9, 9, 9), T=1)[0]] * frames, kept, places(2))

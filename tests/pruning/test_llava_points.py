@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mmeff.pruning import FastV, VisionZip
+import mmeff
+from mmeff.pruning import FastV, PyramidDrop, TransPrune, VisionZip
 
 from . import host_checks as checks
 from .conftest import prompts, random_llava
@@ -44,8 +45,6 @@ def test_keeping_everything_is_the_identity():
 
 def test_layer_0_by_hand_goes_on_at_the_right_position():
     """A loop that asks the cache for its length, as users write it, equals generate()."""
-    import mmeff
-
     model, inputs = random_llava(), prompts([9])
     with mmeff.accelerate(model, checks.EveryThird(schedule="0:0.5")):
         whole = checks.generate(model, inputs)
@@ -60,8 +59,6 @@ def test_layer_0_by_hand_goes_on_at_the_right_position():
 
 def test_the_encoder_is_seen_under_generate_and_its_beams():
     """generate() runs the encoder before the forward and repeats rows after that; choices are those of a plain forward."""
-    import mmeff
-
     model, inputs = random_llava(), FAMILY.prompts()
     with mmeff.accelerate(model, VisionZip(keep=0.25)) as handle:
         model(**inputs, logits_to_keep=1, use_cache=True)
@@ -72,7 +69,6 @@ def test_the_encoder_is_seen_under_generate_and_its_beams():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_projector_asked_by_a_method_runs_in_float32_and_is_not_taken_for_the_model(dtype):
-    import mmeff
     from mmeff.pruning._base import Decision
 
     model, inputs, seen = random_llava().to(dtype), prompts([9, 4]), []
@@ -93,3 +89,35 @@ def test_a_projector_asked_by_a_method_runs_in_float32_and_is_not_taken_for_the_
     with mmeff.accelerate(model, Probe(schedule="0:0.5")):
         checks.generate(model, inputs, max_new_tokens=1)
     assert seen[0] < (1e-5 if dtype == torch.float32 else 0.3)  # bfloat16 rounds embeddings of size 10 to 0.06
+
+
+@pytest.mark.parametrize(
+    "method", [PyramidDrop(schedule="2:0.5"), TransPrune(schedule="2:0.5")], ids=lambda m: m.name()
+)
+def test_a_layer_is_spared_the_keys_that_scoring_has_projected(method):
+    """The layer ahead projects one token's keys in place of all, and computes what it does with its own."""
+    model, inputs = SmallLlava.model(), SmallLlava.prompts()
+    rows, layer = [], model.model.language_model.layers[2].self_attn.k_proj
+    with mmeff.accelerate(model, method) as handle:
+        watch = layer.register_forward_hook(lambda module, args, output: rows.append(args[0].shape[1]))
+        fast = checks.generate(model, inputs, max_new_tokens=1)
+        watch.remove()
+        report = handle.report()
+    assert rows == [inputs["input_ids"].shape[1], 1], "all tokens for scoring, then none but one"
+    assert 0 < report.seconds["selection"] < report.seconds["prefill"]
+
+    def own(module, args, output):  # as without what scoring has projected
+        return torch.nn.functional.linear(entered[-1], module.weight)
+
+    entered = []
+    with mmeff.accelerate(model, method):
+        hooks = [
+            model.model.language_model.layers[2].input_layernorm.register_forward_hook(
+                lambda module, args, output: entered.append(output)
+            ),
+            layer.register_forward_hook(own),
+        ]
+        alone = checks.generate(model, inputs, max_new_tokens=1)
+        for hook in hooks:
+            hook.remove()
+    assert (fast.logits[0] - alone.logits[0]).abs().max() < 1e-5

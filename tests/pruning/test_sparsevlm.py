@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from mmeff.pruning.debiased import Debiased
-from mmeff.pruning.sparsevlm import SparseVLM, choose_raters, merge_clusters, split_budget
+from mmeff.pruning.sparsevlm import SparseVLM, choose_raters, distances, merge_clusters, split_budget
 from tests.pruning.fake_view import FakeView, attention, prompt_masks
 
 VISUAL, TEXTS, HEADS, WIDTH, TURNED = [61, 25, 90], [6, 11, 4], 6, 5, 16
@@ -286,6 +286,21 @@ def test_equal_and_distant_tokens_are_clustered():
     far = 1e4 * torch.arange(20.0)[None, :, None].expand(1, 20, 4)  # all densities but one are 0 in float32
     centres, _ = merge_clusters(far, torch.ones(1, 20).bool(), torch.tensor([3]), 0.95)
     assert int(centres.sum()) == 3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_distances_keep_near_neighbours_apart(dtype):
+    """Against differences in float64, with a common part a thousand times as large as what tells tokens apart."""
+    draw = torch.Generator().manual_seed(4)
+    x = (1e3 + torch.randn(2, 37, 65, generator=draw, dtype=torch.float64)).to(dtype)
+    x[:, 5], x[:, 9] = x[:, 3], torch.nan
+    got, wide = distances(x), x.double()
+    right = (wide[:, :, None] - wide[:, None]).norm(dim=-1)
+    assert got.dtype == dtype and torch.equal(got.isnan(), right.isnan())
+    assert got[:, 3, 5].tolist() == [0.0, 0.0] and not got.diagonal(dim1=1, dim2=2).nan_to_num().any()
+    near = ~right.isnan() & (right > 0)
+    # products of 65 numbers of 1e6 round by 1e-8 at most, squares of distances are about 130
+    assert ((got - right) / right)[near].abs().max() < (1e-6 if dtype == torch.float32 else 1e-9)
 
 
 def test_states_keep_their_dtype():

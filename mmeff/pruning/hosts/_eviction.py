@@ -19,7 +19,7 @@ from mmeff.kernels import token_scores
 from mmeff.pruning._base import Rows, Where
 from mmeff.pruning._schedule import PrunePoint
 from mmeff.pruning.hosts._language import LanguagePruner, Pass, Places, adopt_layer, digest_of, thin
-from mmeff.pruning.hosts._view import View, project, visible_before
+from mmeff.pruning.hosts._view import View, project, turn, visible_before
 
 WAITING = "the prompt was read, and no token has been decoded at which its visual tokens could leave the cache"
 NO_CACHE = "there is no cache that visual tokens could leave; call the model with use_cache=True"
@@ -172,7 +172,7 @@ class CacheView(View):
         now, index = self.now, self.point.layer - (where == "before")
         hidden, rotary = self._entered[index]
         layer = self.pruner.layers[index]
-        q = project(layer, "q", hidden, *(x.expand(len(hidden), -1, -1) for x in rotary))
+        q = turn(layer, "q", project(layer, "q", hidden), *(x.expand(len(hidden), -1, -1) for x in rotary))
         k = now.cache.layers[index].keys.transpose(1, 2)
         before, visible = k.shape[1] - now.length, now.real
         if before:

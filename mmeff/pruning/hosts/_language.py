@@ -23,6 +23,7 @@ from mmeff.handle import Handle
 from mmeff.pruning._base import TokenPruner
 from mmeff.pruning._schedule import PrunePoint
 from mmeff.pruning.hosts._view import View, attention_of_last, gather_rows, token_changes
+from mmeff.report import TokenPlaces
 
 if TYPE_CHECKING:
     from mmeff.pruning.hosts._eviction import Evictor
@@ -33,8 +34,10 @@ class Places:
     """Where the visual tokens of a chunk lie, (B, q) each.
 
     visual: bool. marker: bool, newline embeddings and separators inside a picture, which always stay. frame: which image,
-    tile or video frame of the row, from 0. row, column: in that frame's grid. padded: share of a token's area that is
-    padding, or None where the host cannot tell.
+    tile or video frame of the row, from 0. row, column: in that frame's grid. picture: which image of the row, or which
+    frame of its videos, as the model merges them, from 0. tile: bool, tokens of a part of a picture that is also seen whole.
+    box: (B, q, 4) where in the picture, see `_boxes`, NaN where that cannot be told. padded: share of a token's area that
+    is padding, or None where the host cannot tell.
     """
 
     visual: Tensor
@@ -42,6 +45,9 @@ class Places:
     frame: Tensor
     row: Tensor
     column: Tensor
+    picture: Tensor
+    tile: Tensor
+    box: Tensor
     padded: Tensor | None = None
 
     def repeat(self, n: int) -> Places:
@@ -49,6 +55,15 @@ class Places:
         given = {f.name: getattr(self, f.name) for f in fields(self)}
         rows: dict[str, Any] = {name: x if x is None else x.repeat_interleave(n, 0) for name, x in given.items()}
         return Places(**rows)
+
+    def of_tokens(self) -> TokenPlaces:
+        """Pictures and boxes by visual token of a row, in place of column."""
+        width = int(self.visual.sum(dim=1).max())
+        order = (~self.visual).to(torch.uint8).argsort(dim=1, stable=True)[:, :width]
+        there = self.visual.gather(1, order)
+        box = gather_rows(self.box, order, dim=1).masked_fill(~there[..., None], torch.nan)
+        picture = self.picture.gather(1, order).masked_fill(~there, -1)
+        return TokenPlaces(picture.cpu(), box.cpu(), (self.tile.gather(1, order) & there).cpu())
 
 
 @dataclass
@@ -71,6 +86,7 @@ class Pass:
     past_real: Tensor | None = None  # (B, base) bool, False on padding of earlier turns
     first: tuple[Any, Any] | None = None  # the arguments of decoder layer 0
     scored: tuple[int, Any] | None = None  # layer index, and the arguments it ran with
+    ahead: Tensor | None = None  # keys of the layer that is about to run, which scoring has projected already
     moved: dict[int, dict[str, Any]] = field(default_factory=dict)  # what watched sublayers did to their tokens
     complete: bool = True  # no filler among the present tokens
     masks: dict[int, Tensor | None] = field(default_factory=dict)  # per stage
@@ -121,6 +137,8 @@ class LanguagePruner:
         for index in sorted(hooked):
             hook = self.layers[index].register_forward_pre_hook(self._hook(index), with_kwargs=True)
             handle.on_remove(hook.remove)
+        for index in self.points:
+            self._spare_keys(self.layers[index].self_attn.k_proj)
         for index in method.watches(len(self.layers)):
             self._watch(index)
         self._observe(method.observes(len(self.layers)))
@@ -256,16 +274,36 @@ class LanguagePruner:
             self.handle.recorder.remark(remark)
         wanted = decision.keep & view.present
         if decision.hidden is not None:
-            where = view._slots[..., None].expand(-1, -1, hidden.shape[-1])
-            merged = torch.where(wanted[..., None], decision.hidden.to(hidden.dtype), hidden.gather(1, where))
-            hidden = hidden.scatter(1, where, merged)
+            b, v = wanted.nonzero(as_tuple=True)
+            hidden = hidden.clone()
+            hidden[b, view._slots[b, v]] = decision.hidden[b, v].to(hidden.dtype)
         taken = thin(now, view, wanted)
+        if view.ahead is not None and decision.hidden is None:
+            keys, span = view.ahead
+            now.ahead = gather_rows(keys, taken, dim=1)
+            span.share = -taken.shape[1] / keys.shape[1]
         now.scored = None
         now.masks.clear()
         now.rotary.clear()
         self.record(point, wanted, view)
-        gathered = hidden.gather(1, taken[..., None].expand(-1, -1, hidden.shape[-1]))
-        return (gathered, *args[1:]), kwargs
+        return (gather_rows(hidden, taken, dim=1), *args[1:]), kwargs
+
+    def _spare_keys(self, projection: Any) -> None:
+        """Give a layer the keys that scoring has projected in place of projecting them again."""
+
+        def little(module: Any, args: Any) -> Any:
+            if torch.compiler.is_compiling() or self.now is None or self.now.ahead is None:
+                return None
+            return (args[0][:, :1], *args[1:])
+
+        def ready(module: Any, args: Any, output: Any) -> Any:
+            if torch.compiler.is_compiling() or self.now is None or self.now.ahead is None:
+                return None
+            keys, self.now.ahead = self.now.ahead, None
+            return keys
+
+        for hook in (projection.register_forward_pre_hook(little), projection.register_forward_hook(ready)):
+            self.handle.on_remove(hook.remove)
 
     def _remember_prompt(self, now: Pass) -> None:
         """Keep the columns of the visual tokens, which decoding refers to."""

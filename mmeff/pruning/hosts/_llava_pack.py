@@ -21,6 +21,7 @@ from torch import Tensor
 
 from mmeff.config import MethodConfig
 from mmeff.pruning._base import EncoderView, Need
+from mmeff.pruning.hosts._boxes import cells, clipped, in_square
 from mmeff.pruning.hosts._encoder import PatchEncoder
 from mmeff.pruning.hosts._language import Places
 from mmeff.pruning.hosts._multimodal import Prompt, VisionLanguageHost
@@ -29,6 +30,7 @@ from mmeff.pruning.hosts.llava import grid_side, has_class_token
 
 Size = list[int]  # height and width in pixels
 Given = Mapping[str, Any]  # keyword arguments of the model
+COLUMNS = ("marker", "frame", "row", "column", "picture", "tile")  # frames and pictures among all of their kind
 
 
 class PackedHost(VisionLanguageHost):
@@ -87,22 +89,27 @@ class PackedHost(VisionLanguageHost):
 
     @classmethod
     def places(cls, model: Any, prompt: Prompt) -> Places:
-        table = prompt.ids.new_zeros(*prompt.ids.shape, 4)
-        visual, frames = torch.zeros_like(prompt.ids, dtype=torch.bool), 0
+        table = prompt.ids.new_zeros(*prompt.ids.shape, len(COLUMNS))
+        box = torch.full((*prompt.ids.shape, 4), torch.nan, device=table.device)
+        visual, frames, pictures = torch.zeros_like(prompt.ids, dtype=torch.bool), 0, 0
         for kind, here in _kinds(model, prompt.ids).items():
-            tokens = (cls._pictures if kind == "image" else cls._videos)(model, prompt.kwargs)
+            tokens, boxes = (cls._pictures if kind == "image" else cls._videos)(model, prompt.kwargs)
             if len(tokens) != int(here.sum()):
                 raise ValueError(
                     f"the {kind} tokens of a prompt must be those of its {kind}s, got {int(here.sum())} for {len(tokens)} "
                     f"that sizes and config make; prune prompts of whole {kind}s, with the sizes they were processed from"
                 )
             tokens[:, 1] += frames
-            frames = int(tokens[:, 1].max()) + 1
-            table[here] = tokens.to(table.device)
+            tokens[:, 4] += pictures
+            frames, pictures = int(tokens[:, 1].max()) + 1, int(tokens[:, 4].max()) + 1
+            table[here], box[here] = tokens.to(table.device), boxes.to(box)
             visual |= here
-        marker, frame, row, column = table.unbind(-1)
+        marker, frame, row, column, picture, tile = table.unbind(-1)
         visual &= marker == 0
-        return Places(visual=visual, marker=marker.bool(), frame=_in_order(frame, visual), row=row, column=column)
+        return Places(
+            visual=visual, marker=marker.bool(), frame=_in_order(frame, visual), row=row, column=column,
+            picture=_in_order(picture, visual), tile=tile.bool(), box=box,
+        )  # fmt: skip
 
     @classmethod
     def encoder(cls, model: Any, prompt: Prompt, view: View) -> EncoderView:
@@ -157,16 +164,16 @@ class PackedHost(VisionLanguageHost):
         count = sizes["frames"] or sizes["images"]
         size = [sizes["height"] or unit, sizes["width"] or unit]
         given = {"image_sizes": [size] * count, "batch_num_images": [count]}
-        marker, frame, _, _ = cls._pictures(model, given).unbind(1)
+        marker, frame, *_ = cls._pictures(model, given)[0].unbind(1)
         visual, tiles = int((marker == 0).sum()), (int(frame.max()) + 1) // count - 1
         grid = visual // count - side * side
         how = f"{count} x {side * side}" if not tiles else f"{count} x ({side * side} + {grid} of {tiles} tiles)"
         return visual, how + _and_newlines(int(marker.sum()))
 
-    # ---- tables of tokens, (tokens, 4): whether they are markers, their frame among all of their kind, its row and column
+    # ---- tables of tokens, (tokens, COLUMNS) and boxes
 
     @classmethod
-    def _pictures(cls, model: Any, given: Given) -> Tensor:
+    def _pictures(cls, model: Any, given: Given) -> tuple[Tensor, Tensor]:
         family, config, side = sys.modules[cls.architecture[0]], model.config, grid_side(model)
         sizes = _sizes(given)
         tiles = cls.tiles(model, given, sizes)
@@ -177,16 +184,18 @@ class PackedHost(VisionLanguageHost):
         ]  # fmt: skip
         values = [_coordinates(side, *shape) for shape in shapes]
         packed = cls.pack(model, given, values, sizes, torch.zeros(4, dtype=torch.float64))
-        tables, frames = [], 0
-        for tokens, (_, across), count in zip(packed, shapes, tiles, strict=True):
-            table = _read(tokens, side, across)
+        tables, boxes, frames = [], [], 0
+        for number, (tokens, shape, size, count) in enumerate(zip(packed, shapes, sizes, tiles, strict=True)):
+            table = _read(tokens, side, shape[1])
             table[:, 1] += frames
+            table[:, 4] = number
             frames += count
             tables.append(table)
-        return torch.cat(tables)
+            boxes.append(_boxes(tokens, side, shape, size))
+        return torch.cat(tables), torch.cat(boxes)
 
     @classmethod
-    def _videos(cls, model: Any, given: Given) -> Tensor:
+    def _videos(cls, model: Any, given: Given) -> tuple[Tensor, Tensor]:
         side = grid_side(model)
         each = cls.pool(model, torch.zeros(1, side * side, 1)).shape[1]
         pooled = round(each**0.5)
@@ -203,7 +212,9 @@ class PackedHost(VisionLanguageHost):
             newline = torch.tensor([[1, frames, 0, 0]] * cls.video_newlines).view(-1, 4).long()
             tables.append(torch.cat([table, newline]))
             frames += count
-        return torch.cat(tables)
+        table = torch.cat(tables)
+        table = torch.cat([table, table[:, 1:2], torch.zeros_like(table[:, :1])], dim=1)  # a frame is a picture
+        return table, cells(table[:, 2], table[:, 3], pooled, pooled)
 
 
 def _kinds(model: Any, ids: Tensor) -> dict[str, Tensor]:
@@ -236,7 +247,7 @@ def _coordinates(side: int, high: int, wide: int) -> Tensor:
 
 
 def _read(packed: Tensor, side: int, across: int) -> Tensor:
-    """(tokens, 4) as above of one picture with `across` tiles in a row, from its packed coordinates.
+    """(tokens, COLUMNS) of one picture with `across` tiles in a row, from its packed coordinates.
 
     Where the packing shrinks the grid, centres are those of the larger tokens, which belong to the tile they lie in; a
     centre on a seam belongs to the tile behind it.
@@ -253,9 +264,34 @@ def _read(packed: Tensor, side: int, across: int) -> Tensor:
             first = torch.full((int(frame.max()) + 1,), len(packed))
             first.scatter_reduce_(0, frame, whole, "amin")
             mine[tiled] = (whole - first[frame])[tiled]
-    table = torch.stack([marker.long(), frame, row, column], dim=1)
+    tile = tiled & ~marker if across else torch.zeros_like(marker)
+    table = torch.stack([marker.long(), frame, row, column, torch.zeros_like(row), tile.long()], dim=1)
     table[marker, 1:] = 0
     return table
+
+
+def _boxes(packed: Tensor, side: int, shape: tuple[int, int], size: Size) -> Tensor:
+    """(tokens, 4) boxes in one picture of this size, from its packed coordinates; `shape` is that of its tiles, 0 for none.
+
+    The base view is the picture squeezed into a square, or padded to one where there are no tiles. The grid of tiles is the
+    picture scaled until it fits, with padding around it, most of which is not among the tokens.
+    """
+    y, x, tiled, patch = packed.unbind(1)
+    marker, tiled = patch < 0.5, tiled > 0.5
+    whole = torch.stack([x - 0.5, y - 0.5, x + 0.5, y + 0.5], dim=1) / side
+    if not shape[1]:
+        return in_square(whole, *size).masked_fill(marker[:, None], torch.nan)
+    scale = min(n * side / pixels for n, pixels in zip(shape, size, strict=True))
+    box = []
+    for centre, tiles, pixels in ((x, shape[1], size[1]), (y, shape[0], size[0])):
+        lines = centre[tiled & ~marker].unique()
+        apart = lines.diff()
+        step = float(apart[apart > 1e-6].median()) if len(lines) > 1 else pixels * scale  # of tokens, in patches
+        pad = (tiles * side - pixels * scale) / 2
+        box += [(centre + way * step / 2 - pad) / (pixels * scale) for way in (-1, 1)]
+    left, right, top, bottom = box
+    found = torch.where(tiled[:, None], clipped(torch.stack([left, top, right, bottom], dim=1)), whole)
+    return found.masked_fill(marker[:, None], torch.nan)
 
 
 def _in_order(frame: Tensor, visual: Tensor) -> Tensor:

@@ -440,6 +440,7 @@ class Session:
             self.handle.recorder.call(layer, SPARSE if acted else DENSE)
         if done.changed:
             self._count(done, layers)
+            self.handle.recorder.places = done.places.of_tokens()
 
     def _count(self, done: Pass, layers: int) -> None:
         """Means over all prompts so far: tokens, operations and cache of prefill, against those without pruning."""

@@ -10,6 +10,7 @@ from torch import Tensor
 from mmeff.kernels import token_scores
 from mmeff.pruning._base import EncoderView, Rows, Transition, Where
 from mmeff.pruning._schedule import PrunePoint
+from mmeff.report import Span
 
 if TYPE_CHECKING:
     from mmeff.pruning.hosts._language import LanguagePruner, Pass
@@ -24,6 +25,8 @@ class View:
         self.pruner, self.point, self.now, self._entering = pruner, point, now, entering
         self.layers = len(pruner.layers)
         self.state = pruner.state
+        self.ahead: tuple[Tensor, Span] | None = None  # keys of the layer at the prune point, before norm and rotary
+        self._asked: dict[tuple[Rows, Where], Any] = {}
         places = now.places
         self.is_visual = places.visual.gather(1, now.cur) & now.alive  # (B, n) among the present tokens
         width = int(self.is_visual.sum(dim=1).max())
@@ -60,7 +63,7 @@ class View:
         factors = used
         if weights is not None:
             factors = weights.float() * self.text[:, None] if used is None else weights.float() * used
-        q, k, visible, before, scale = self._queries_and_keys(slots, where)
+        q, k, visible, before, scale = self._queries_and_keys(rows, slots, where)
         scores = token_scores(
             q, k, row_positions=slots + before, key_mask=visible, weights=factors, scale=scale
         )  # fmt: skip
@@ -68,7 +71,7 @@ class View:
         return scores.gather(2, at) * self.present[:, None]
 
     def text_attention(self, *, to: Literal["text", "visual"] = "text", where: Where = "before") -> Tensor:
-        q, k, visible, before, scale = self._queries_and_keys(self._text_slots, where)
+        q, k, visible, before, scale = self._queries_and_keys("text", self._text_slots, where)
         B, T, H, _ = q.shape
         slots, there = (self._text_slots, self.text) if to == "text" else (self._slots, self.present)
         out = torch.empty(B, H, T, slots.shape[1], device=q.device, dtype=torch.float32)
@@ -85,8 +88,16 @@ class View:
             out[:, :, start : start + step] = seen.gather(3, columns.expand(-1, H, part.shape[2], -1))
         return out * self.text[:, None, :, None] * there[:, None, None, :]
 
-    def _queries_and_keys(self, slots: Tensor, where: Where) -> tuple[Tensor, Tensor, Tensor, int, float]:
-        """Queries of the present tokens at `slots`, all keys, which of them are visible, how many are of earlier turns."""
+    def _queries_and_keys(self, rows: Rows, slots: Tensor, where: Where) -> tuple[Tensor, Tensor, Tensor, int, float]:
+        """Queries of `rows`, the present tokens at `slots`, all keys, which of them are visible, how many are of earlier turns,
+        and the scale; projected once, however often a method asks."""
+        found: tuple[Tensor, Tensor, Tensor, int, float]
+        if (rows, where) not in self._asked:
+            self._asked[rows, where] = self._project(slots, where)
+        found = self._asked[rows, where]
+        return found
+
+    def _project(self, slots: Tensor, where: Where) -> tuple[Tensor, Tensor, Tensor, int, float]:
         now = self.now
         if where == "next":
             index, (args, given) = self.point.layer, self._entering
@@ -100,11 +111,12 @@ class View:
             hidden, rotary = args[0], given["position_embeddings"]
             new = keys_of(now.cache.layers[index]).transpose(1, 2) if now.cache is not None else None
         layer = self.pruner.layers[index]
-        picked = hidden.gather(1, slots[..., None].expand(-1, -1, hidden.shape[-1]))
-        q = project(layer, "q", picked, *(gather_rows(x, slots, dim=1) for x in rotary))
+        picked = gather_rows(hidden, slots, dim=1)
+        q = turn(layer, "q", project(layer, "q", picked), *(gather_rows(x, slots, dim=1) for x in rotary))
         k = new
         if k is None:
-            k = project(layer, "k", hidden, *rotary)
+            raw = self._keys_ahead(layer, hidden) if where == "next" else project(layer, "k", hidden)
+            k = turn(layer, "k", raw, *rotary)
             past = None if now.cache is None or index >= len(now.cache.layers) else now.cache.layers[index]
             if where == "next" and past is not None and past.is_initialized and past.keys.numel():
                 k = torch.cat([keys_of(past).transpose(1, 2), k], dim=1)
@@ -113,6 +125,15 @@ class View:
         if before:
             visible = torch.cat([visible_before(now, index, before), visible], dim=1)
         return q, k, visible, before, layer.self_attn.scaling
+
+    def _keys_ahead(self, layer: Any, hidden: Tensor) -> Tensor:
+        """The layer's own keys, which it is spared where its tokens stay; what it is spared does not count as selection."""
+        if self.ahead is None:
+            with self.pruner.handle.recorder.time("selection", hidden.device) as span:
+                raw = project(layer, "k", hidden)
+            span.share = 0.0  # inside of a span that counts
+            self.ahead = raw, span
+        return self.ahead[0]
 
     def _query_rows(self, rows: Rows) -> tuple[Tensor, Tensor | None]:
         """Places (B, R) of the query rows among the present tokens, and weights (B, 1, R) that blank the unused ones."""
@@ -130,18 +151,18 @@ class View:
 
     def embeddings(self) -> Tensor:
         hidden, _, _ = self.inputs()
-        return _tokens(hidden, self._columns) * self.present[..., None]
+        return gather_rows(hidden, self._columns, dim=1) * self.present[..., None]
 
     def text_embeddings(self) -> Tensor:
         hidden, _, _ = self.inputs()
-        return _tokens(hidden, self.now.cur.gather(1, self._text_slots)) * self.text[..., None]
+        return gather_rows(hidden, self.now.cur.gather(1, self._text_slots), dim=1) * self.text[..., None]
 
     def text_ids(self) -> Tensor:
         assert self.now.ids is not None  # passes without ids do not prune
         return self.now.ids.gather(1, self.now.cur.gather(1, self._text_slots))
 
     def hidden(self) -> Tensor:
-        return _tokens(self._entering[0][0], self._slots) * self.present[..., None]
+        return gather_rows(self._entering[0][0], self._slots, dim=1) * self.present[..., None]
 
     def inputs(self) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
         assert self.now.first is not None
@@ -169,11 +190,16 @@ class View:
         return found
 
 
-def project(layer: Any, which: str, hidden: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Queries or keys (B, R, H, D) of a decoder layer for given inputs, after norm and rotary embedding."""
+def project(layer: Any, which: str, hidden: Tensor) -> Tensor:
+    """Queries or keys (B, R, H * D) of a decoder layer for given inputs, as its projection makes them."""
+    found: Tensor = getattr(layer.self_attn, f"{which}_proj")(layer.input_layernorm(hidden))
+    return found
+
+
+def turn(layer: Any, which: str, projected: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Queries or keys (B, R, H, D) after norm and rotary embedding."""
     attention = layer.self_attn
-    x = getattr(attention, f"{which}_proj")(layer.input_layernorm(hidden))
-    x = x.unflatten(-1, (-1, attention.head_dim))
+    x = projected.unflatten(-1, (-1, attention.head_dim))
     norm = getattr(attention, f"{which}_norm", None)
     if norm is not None:
         x = norm(x)
@@ -190,7 +216,7 @@ def attention_of_last(layer: Any, now: Pass, ledger: Any, args: Any, kwargs: Any
     """
     hidden = args[0][:, -1:]
     cos, sin = (x[:, -1:].expand(len(hidden), -1, -1) for x in kwargs["position_embeddings"])
-    q, k = project(layer, "q", hidden, cos, sin), ledger.keys.transpose(1, 2)
+    q, k = turn(layer, "q", project(layer, "q", hidden), cos, sin), ledger.keys.transpose(1, 2)
     B, total = len(hidden), now.base + now.length
     if hasattr(ledger, "columns"):
         if now.changed:  # the chunk is in the ledger already
@@ -210,8 +236,9 @@ def attention_of_last(layer: Any, now: Pass, ledger: Any, args: Any, kwargs: Any
 def token_changes(entered: Tensor, left: Tensor) -> tuple[Tensor, Tensor]:
     """Norm of a sublayer's output over that of its input, and the cosine between both, (B, S) float32 each."""
     a, b = entered.float(), left.float()
-    ratio = b.norm(dim=-1) / a.norm(dim=-1).clamp(min=torch.finfo(torch.float32).tiny)
-    return ratio, torch.nn.functional.cosine_similarity(a, b, dim=-1)
+    long, longer = a.norm(dim=-1), b.norm(dim=-1)
+    cosine = torch.linalg.vecdot(a, b) / (long.clamp(min=1e-8) * longer.clamp(min=1e-8))
+    return longer / long.clamp(min=torch.finfo(torch.float32).tiny), cosine
 
 
 def visible_before(now: Pass, index: int, count: int) -> Tensor:
@@ -239,9 +266,9 @@ def gather_rows(x: Tensor, rows: Tensor, *, dim: int) -> Tensor:
 
     x is (B|1, q, ...) with dim 1, or (..., B|1, q) with dim -1.
     """
-    if dim == 1:
-        x = x.expand(len(rows), *x.shape[1:])
-        return x.gather(1, rows.reshape(*rows.shape, *[1] * (x.ndim - 2)).expand(-1, -1, *x.shape[2:]))
+    if dim == 1:  # vectors are copied whole, for which gather() takes fifteen times as long
+        start = x.shape[1] * torch.arange(len(x), device=x.device)[:, None]
+        return x.flatten(0, 1).index_select(0, (rows + start).flatten()).view(*rows.shape, *x.shape[2:])
     x = x.expand(*x.shape[:-2], len(rows), -1)
     return x.gather(-1, rows.expand(*x.shape[:-2], -1, -1))
 
@@ -255,7 +282,3 @@ def _rank_in_frame(frame: Tensor, visual: Tensor) -> Tensor:
     start = torch.searchsorted(ahead, ahead)  # of each frame, on its left edge
     rank = torch.arange(frame.shape[1], device=frame.device) - start
     return torch.empty_like(rank).scatter_(1, order, rank)
-
-
-def _tokens(x: Tensor, slots: Tensor) -> Tensor:
-    return x.gather(1, slots[..., None].expand(-1, -1, x.shape[-1]))

@@ -8,6 +8,7 @@ tokens of. Every tile is a frame, so that a quota by frame keeps a share of each
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch.nn.functional as F
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from mmeff.config import MethodConfig
 from mmeff.pruning._base import EncoderView, Need
+from mmeff.pruning.hosts._boxes import in_tiles, runs
 from mmeff.pruning.hosts._encoder import PatchEncoder
 from mmeff.pruning.hosts._language import Places
 from mmeff.pruning.hosts._multimodal import Prompt, VisionLanguageHost
@@ -52,7 +54,11 @@ class InternVLHost(VisionLanguageHost):
     def places(cls, model: Any, prompt: Prompt) -> Places:
         pixels = prompt.kwargs.get("pixel_values")
         side = tile_side(model, None if pixels is None else pixels.shape[-1])
-        return places_in_tiles(prompt, prompt.ids == model.config.image_token_id, side)
+        visual = prompt.ids == model.config.image_token_id
+        tiles = [[length // side**2 for length in lengths] for lengths in runs(visual)]  # a picture is one run
+        each = [sum(counts) for counts in tiles]
+        seen: Any = [None] * len(tiles) if pixels is None or len(pixels) != sum(each) else pixels.split(each)
+        return places_in_tiles(prompt, visual, side, tiles, seen)
 
     @classmethod
     def encoder(cls, model: Any, prompt: Prompt, view: View) -> EncoderView:
@@ -114,8 +120,10 @@ def count_tiles(height: int, width: int, tile_height: int, tile_width: int) -> i
 # ---- for families of square tiles, each a run of tokens
 
 
-def places_in_tiles(prompt: Prompt, visual: Tensor, side: int) -> Places:
-    """Places of tokens that come in tiles of side x side, row by row.
+def places_in_tiles(
+    prompt: Prompt, visual: Tensor, side: int, tiles: Sequence[Sequence[int]], pixels: Sequence[Tensor | None]
+) -> Places:
+    """Places of tokens that come in tiles of side x side, row by row; `tiles` and `pixels` as for `in_tiles`.
 
     Raises:
         ValueError: the tokens are no whole tiles, as after dropping some by hand.
@@ -134,8 +142,10 @@ def places_in_tiles(prompt: Prompt, visual: Tensor, side: int) -> Places:
             "others between those of a tile; prune prompts of whole pictures, and pass pixel values if tiles are of another "
             "size than the config says"
         )
+    row, column = at // side, at % side
     return Places(
-        visual=visual, marker=visual.new_zeros(visual.shape), frame=frame, row=at // side, column=at % side
+        visual=visual, marker=visual.new_zeros(visual.shape), frame=frame, row=row, column=column,
+        **in_tiles(frame, row, column, side, tiles, pixels),
     )  # fmt: skip
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from mmeff.pruning._base import EncoderView, Need
+from mmeff.pruning.hosts._boxes import cells
 from mmeff.pruning.hosts._encoder import PatchEncoder
 from mmeff.pruning.hosts._language import Places
 from mmeff.pruning.hosts._multimodal import Prompt, VisionLanguageHost
@@ -38,10 +39,11 @@ class LlavaHost(VisionLanguageHost):
     def places(cls, model: Any, prompt: Prompt) -> Places:
         visual = prompt.ids == model.config.image_token_id
         rank = (visual.cumsum(dim=1) - 1).clamp(min=0)
-        side = grid_side(model)
+        side, no = grid_side(model), torch.zeros_like(visual)
+        frame, row, column = rank // (side * side), rank % (side * side) // side, rank % side
         return Places(
-            visual=visual, marker=torch.zeros_like(visual), frame=rank // (side * side),
-            row=rank % (side * side) // side, column=rank % side,
+            visual=visual, marker=no, frame=frame, row=row, column=column, picture=frame, tile=no,
+            box=cells(row, column, side, side),
         )  # fmt: skip
 
     @classmethod

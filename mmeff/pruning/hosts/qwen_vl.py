@@ -17,6 +17,7 @@ from torch import Tensor
 
 from mmeff.kernels import token_scores
 from mmeff.pruning._base import EncoderView, Need
+from mmeff.pruning.hosts._boxes import cells
 from mmeff.pruning.hosts._encoder import Bring, Capture
 from mmeff.pruning.hosts._language import Places
 from mmeff.pruning.hosts._multimodal import Prompt, VisionLanguageHost
@@ -51,9 +52,10 @@ class Qwen25VLHost(VisionLanguageHost):
         masks = token_masks(model, prompt)
         found = places_from_grids(model, prompt, masks) or places_from_positions(prompt, masks)
         visual = masks["image"] | masks["video"]
+        frame, no = (found.first.cumsum(dim=1) - 1).clamp(min=0), torch.zeros_like(visual)
         return Places(
-            visual=visual, marker=torch.zeros_like(visual), frame=(found.first.cumsum(dim=1) - 1).clamp(min=0),
-            row=found.row, column=found.column,
+            visual=visual, marker=no, frame=frame, row=found.row, column=found.column, picture=frame, tile=no,
+            box=cells(found.row, found.column, *found.size.unbind(-1)),
         )  # fmt: skip
 
     @classmethod
@@ -110,11 +112,15 @@ class Qwen2VLHost(Qwen25VLHost):
 
 @dataclass(frozen=True)
 class Raster:
-    """Per prompt token (B, q): whether it is the first of its frame, and its row and column there."""
+    """Per prompt token (B, q): whether it is the first of its frame, and its row and column there.
+
+    size: (B, q, 2) rows and columns of the frame, NaN where they are not known.
+    """
 
     first: Tensor
     row: Tensor
     column: Tensor
+    size: Tensor
 
 
 def merge_of(model: Any) -> int:
@@ -135,14 +141,19 @@ def places_from_grids(model: Any, prompt: Prompt, masks: dict[str, Tensor]) -> R
     """From the grids that come with pixels; None where they do not describe just the tokens of this chunk, as with grids of
     earlier turns or with prompts that were shortened before."""
     row, column = (torch.zeros_like(prompt.ids, dtype=torch.long) for _ in range(2))
+    size = torch.ones(*row.shape, 2, device=row.device)
     for kind, mask in masks.items():
         grid = prompt.kwargs.get(f"{kind}_grid_thw")
         grids = [] if grid is None else grid.tolist()
-        cells = torch.cat([row.new_empty(0, 2, device="cpu"), *(_cells(t, h, w, merge_of(model)) for t, h, w in grids)])
-        if len(cells) != int(mask.sum()):
+        found = [row.new_empty(0, 4, device="cpu")]
+        for t, h, w in grids:
+            at = _cells(t, h, w, merge_of(model))
+            found.append(torch.cat([at, torch.tensor([h, w]).expand(len(at), 2) // merge_of(model)], dim=1))
+        table = torch.cat(found).to(row.device)
+        if len(table) != int(mask.sum()):
             return None
-        row[mask], column[mask] = cells.to(row.device).unbind(dim=1)
-    return Raster((masks["image"] | masks["video"]) & (row == 0) & (column == 0), row, column)
+        row[mask], column[mask], size[mask] = table[:, 0], table[:, 1], table[:, 2:].float()
+    return Raster((masks["image"] | masks["video"]) & (row == 0) & (column == 0), row, column, size)
 
 
 def places_from_positions(prompt: Prompt, masks: dict[str, Tensor]) -> Raster:
@@ -170,7 +181,8 @@ def places_from_positions(prompt: Prompt, masks: dict[str, Tensor]) -> Raster:
     row, column = ((x - origin) * visual for x in (row, column))
     above, left = _previous(row), _previous(column)
     onward = (row > above) | (row == above) & (column > left)
-    return Raster(opens | inside & ((time != _previous(time)) | ~onward), row, column)
+    unknown = torch.full((*row.shape, 2), torch.nan, device=row.device)
+    return Raster(opens | inside & ((time != _previous(time)) | ~onward), row, column, unknown)
 
 
 def _previous(x: Tensor) -> Tensor:

@@ -48,7 +48,10 @@ class SmolVLMHost(VisionLanguageHost):
     def places(cls, model: Any, prompt: Prompt) -> Places:
         pixels = prompt.kwargs.get("pixel_values")
         side = tile_side(model, None if pixels is None else pixels.shape[-1])
-        return places_in_tiles(prompt, prompt.ids == model.config.image_token_id, side)
+        visual = prompt.ids == model.config.image_token_id
+        tiles = [tiles_of(ids, here, side**2) for ids, here in zip(prompt.ids, visual, strict=True)]
+        seen: Any = [None] * len(tiles) if pixels is None or len(pixels) != len(tiles) else pixels
+        return places_in_tiles(prompt, visual, side, tiles, seen)
 
     @classmethod
     def encoder(cls, model: Any, prompt: Prompt, view: View) -> EncoderView:
@@ -80,6 +83,18 @@ def tile_side(model: Any, pixels: int | None) -> int:
     """Visual tokens along a side of a tile of so many pixels, by default of the size that the model is made for."""
     vision = model.config.vision_config
     return int(pixels or vision.image_size) // int(vision.patch_size) // int(model.config.scale_factor)
+
+
+def tiles_of(ids: Tensor, visual: Tensor, each: int) -> list[int]:
+    """How many tiles each picture of a row (q,) has, of `each` tokens a tile.
+
+    In front of every tile stands its name. The last tile of a row is the view of a whole picture, and so are those of its
+    name, with which pictures end.
+    """
+    first = visual.nonzero()[::each, 0]
+    names = ids[(first - 1).clamp(min=0)]
+    ends = (names == names[-1:]).nonzero()[:, 0] + 1
+    return ends.diff(prepend=ends.new_zeros(1)).tolist()
 
 
 def count_tiles(height: int, width: int, unit: int) -> int:

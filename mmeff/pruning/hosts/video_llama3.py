@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from mmeff.pruning._base import EncoderView, Need
+from mmeff.pruning.hosts._boxes import cells
 from mmeff.pruning.hosts._language import Places
 from mmeff.pruning.hosts._multimodal import Prompt, VisionLanguageHost
 from mmeff.pruning.hosts._view import View
@@ -53,16 +54,20 @@ class VideoLlama3Host(VisionLanguageHost):
 
     @classmethod
     def places(cls, model: Any, prompt: Prompt) -> Places:
-        frame, row, column = (torch.zeros_like(prompt.ids, dtype=torch.long) for _ in range(3))
+        table = prompt.ids.new_zeros(*prompt.ids.shape, 5)
         visual, frames = torch.zeros_like(prompt.ids, dtype=torch.bool), 0
         for kind, mask in token_masks(model, prompt).items():
             if bool(mask.any()):
-                cells = Grids.of(prompt, kind, int(mask.sum())).cells() + torch.tensor([frames, 0, 0])
-                frames = int(cells[:, 0].max()) + 1  # images and videos share no frame
-                frame[mask], row[mask], column[mask] = cells.to(mask.device).unbind(dim=1)
+                mine = Grids.of(prompt, kind, int(mask.sum())).cells()
+                mine[:, 0] += frames
+                frames = int(mine[:, 0].max()) + 1  # images and videos share no frame
+                table[mask] = mine.to(mask.device)
                 visual |= mask
+        frame, row, column, rows, columns = table.unbind(dim=-1)
+        frame, no = in_order(frame, visual), torch.zeros_like(visual)
         return Places(
-            visual=visual, marker=torch.zeros_like(visual), frame=in_order(frame, visual), row=row, column=column
+            visual=visual, marker=no, frame=frame, row=row, column=column, picture=frame, tile=no,
+            box=cells(row, column, rows, columns),
         )  # fmt: skip
 
     @classmethod
@@ -144,11 +149,12 @@ class Grids(NamedTuple):
         return len(self.left)
 
     def cells(self) -> Tensor:
-        """(tokens left, 3): frame, counted over all pictures, row and column."""
+        """(tokens left, 5): frame, counted over all pictures, row and column, and rows and columns of the frame."""
         found, frames = [], 0
         for (t, h, w), m in zip(self.grid.tolist(), self.merge.tolist(), strict=True):
-            found.append(torch.cartesian_prod(*(torch.arange(n) for n in (t, h // m, w // m))))
-            found[-1][:, 0] += frames
+            at = torch.cartesian_prod(*(torch.arange(n) for n in (t, h // m, w // m)))
+            at[:, 0] += frames
+            found.append(torch.cat([at, torch.tensor([h // m, w // m]).expand(len(at), 2)], dim=1))
             frames += t
         return torch.cat(found)[self.left]
 
