@@ -1,13 +1,15 @@
 """Reading and writing of videos and images: the same frames from every decoder, and files that are whole or absent.
 
 `read` chooses the frame indices itself, so that torchcodec, PyAV, decord and OpenCV are asked for the same frames;
-decoders' own samplers disagree. Nothing here is loaded before it is used: importing this module costs no codec library.
+decoders' own samplers disagree. `stream` hands out the frames of an hour-long clip a few at a time. Nothing here is loaded
+before it is used: importing this module costs no codec library.
 """
 
 from __future__ import annotations
 
 import math
 import os
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,12 +21,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mmeff.errors import BackendUnavailable, MediaError
-from mmeff.video_readers import BACKENDS, choose, diagnose, first_line, missing
+from mmeff.video_readers import BACKENDS, Reader, choose, diagnose, first_line, missing
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 CONTAINERS = (".mp4", ".mov", ".mkv")  # what H.264 goes into
+MOST_BYTES = 4 * 2**30  # that `read` returns; more is a job for `stream`
+SAME_TIME = 6e-4  # seconds; containers round display times to a millisecond
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -60,6 +64,8 @@ def read(
     indices: Sequence[int] | None = None,
     num_frames: int | None = None,
     fps: float | None = None,
+    start: float | None = None,
+    end: float | None = None,
     backend: str = "auto",
 ) -> Video:
     """Read some frames of a video; all of them when no sampling is given.
@@ -68,57 +74,175 @@ def read(
         path: a video file.
         indices: frames to read, in this order, repeats allowed; 0 is the first frame shown.
         num_frames: that many frames, spread evenly from the first to the last: see `spread`.
-        fps: frames per second to read: see `at_rate`.
+        fps: frames per second to read: see `at_rate`, and `at_times` for a file whose own rate varies.
+        start, end: seconds since the first frame; only what is shown from `start` to just before `end` is sampled. None is
+            the beginning, or the end. Times are the file's own, so a cut is exact where the rate varies.
         backend: "torchcodec", "pyav", "decord", "opencv", or "auto" for the first of these that is usable here. A named
             backend never falls back, and "auto" never tries a second one on a file that the first cannot read.
-    Returns: a `Video`. The pixels of equal indices are the same over backends, up to rounding in the colour conversion.
+    Returns: a `Video`, upright by its display matrix. The pixels of equal indices are the same over backends.
     Raises:
         MediaError: the file is missing, empty, a folder, not decodable, or has no video in it; an index lies outside
-            it.
+            it, or `start` behind its last frame; the frames would take more than 4 GiB.
         BackendUnavailable: the named backend is not installed, or none is.
         ValueError: more than one way of sampling, or a value out of range.
     Numerics: rates are compared as fractions with denominators up to 1001, so that rounding errors move no sample.
     """
-    given = [name for name, v in (("indices", indices), ("num_frames", num_frames), ("fps", fps)) if v is not None]
+    if indices is not None and (start is not None or end is not None):
+        raise ValueError("indices count from the first frame of the file and go with no start or end; drop one of them")
+    given = {"indices": indices, "num_frames": num_frames, "fps": fps}
+    opened = _Opened(path, backend, given, start, end)
+    distinct = sorted(set(opened.chosen))
+    frames: np.ndarray | None = None
+    for number, frame in enumerate(opened.walk(distinct)):
+        if frames is None:
+            total = frame.nbytes * len(distinct)
+            if total > MOST_BYTES:
+                raise MediaError(
+                    f"{len(distinct)} frames of {opened.path} take {total / 2**30:.1f} GiB, and at most "
+                    f"{MOST_BYTES / 2**30:g} GiB are read at once; pass num_frames or fps, or use mmeff.video_io.stream"
+                )
+            frames = np.empty((len(distinct), *frame.shape), np.uint8)
+        frames[number] = frame
+    assert frames is not None  # `distinct` is never empty
+    where = np.searchsorted(distinct, opened.chosen)
+    return opened.video(frames if np.array_equal(where, np.arange(len(frames))) else frames[where], opened.chosen)
+
+
+def stream(
+    path: str | os.PathLike[str],
+    *,
+    chunk: int = 16,
+    num_frames: int | None = None,
+    fps: float | None = None,
+    start: float | None = None,
+    end: float | None = None,
+    backend: str = "auto",
+) -> Iterator[Video]:
+    """Read a video piece by piece: an hour-long clip in the memory of `chunk` frames and a few that are being decoded.
+
+    Args:
+        chunk: frames per piece; the last piece may have fewer.
+        num_frames, fps, start, end, backend: which frames, as in `read`; all of them when none is given. With more
+            `num_frames` than there are, repeats are left out.
+    Returns: `Video`s of consecutive chosen frames. The file is opened, and arguments are checked, when the first is taken.
+    Raises: what `read` raises, except that no amount of frames is too much.
+    """
+    _positive("chunk", chunk, whole=True)
+    opened = _Opened(path, backend, {"num_frames": num_frames, "fps": fps}, start, end)
+    distinct = sorted(set(opened.chosen))
+    frames = np.empty(0, np.uint8)
+    for number, frame in enumerate(opened.walk(distinct)):
+        place = number % chunk
+        if place == 0:
+            frames = np.empty((min(chunk, len(distinct) - number), *frame.shape), np.uint8)
+        frames[place] = frame
+        if place == len(frames) - 1:
+            yield opened.video(frames, distinct[number - place : number + 1])
+
+
+class _Opened:
+    """A video whose frames are chosen. What the decoders raise becomes a MediaError that says what is wrong with the file."""
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        backend: str,
+        sampling: dict[str, Any],
+        start: float | None,
+        end: float | None,
+    ) -> None:
+        _check_sampling(sampling, start, end)
+        self.path = _existing_file(path, "video")
+        self.backend, open_reader = choose(backend)
+        with self._explained():
+            self.reader: Reader = open_reader(self.path)
+            if self.reader.count < 1:
+                raise MediaError(f"{self.path} holds no decodable frame; it is truncated or corrupt")
+            times = np.asarray(self.reader.times(), dtype=np.float64)
+            self.times = times - times[0]
+            count, length = len(times), float(self.times[-1])
+            self.rate = (count - 1) / length if length > 0 else self.reader.nominal_fps
+            self.chosen = self._choose(sampling, start, end)
+
+    def _choose(self, sampling: dict[str, Any], start: float | None, end: float | None) -> list[int]:
+        count = len(self.times)
+        if sampling.get("indices") is not None:
+            return _checked(sampling["indices"], count, self.path)
+        first, last = _cut(self.times, start, end, self.path)
+        if sampling["num_frames"] is not None:
+            return [first + i for i in spread(last - first, sampling["num_frames"])]
+        if sampling["fps"] is None:
+            return list(range(first, last))
+        even = np.arange(count) / self.rate if self.rate > 0 else self.times
+        if np.abs(self.times - even).max() <= 2 * SAME_TIME:  # both ends of a time are rounded
+            chosen = at_rate(last - first, self.rate or 1, sampling["fps"])
+        else:
+            chosen = at_times(self.times[first:last], sampling["fps"])
+        return [first + i for i in chosen]
+
+    def walk(self, indices: list[int]) -> Iterator[np.ndarray]:
+        shape = None
+        with self._explained():
+            for number, frame in enumerate(self.reader.walk(indices)):
+                if shape is not None and frame.shape != shape:
+                    raise MediaError(
+                        f"frame {indices[number]} of {self.path} is {frame.shape[1]}x{frame.shape[0]} and those before it are "
+                        f"{shape[1]}x{shape[0]}; a clip whose size changes cannot be read"
+                    )
+                shape = frame.shape
+                yield frame
+
+    def video(self, frames: np.ndarray, indices: list[int]) -> Video:
+        chosen = np.asarray(indices, dtype=np.int64)
+        return Video(
+            frames=frames,
+            timestamps=self.times[chosen],
+            indices=chosen,
+            fps=float(self.rate),
+            backend=self.backend,
+            path=str(self.path),
+        )
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except (MediaError, BackendUnavailable):
+            raise
+        except Exception as error:  # every decoder has its own error types, some none at all; the cause stays attached
+            raise MediaError(
+                f"{self.path} cannot be read: {diagnose(self.path, self.backend)} ({self.backend} says: {first_line(error)})"
+            ) from error
+
+
+def _check_sampling(sampling: dict[str, Any], start: float | None, end: float | None) -> None:
+    given = [name for name, v in sampling.items() if v is not None]
     if len(given) > 1:
         raise ValueError(f"read takes one of indices, num_frames and fps, got {' and '.join(given)}; drop all but one")
-    if indices is not None and len(indices) == 0:
+    if sampling.get("indices") is not None and len(sampling["indices"]) == 0:
         raise ValueError("indices must name at least one frame, got none; leave it out to read all frames")
-    if num_frames is not None:
-        _positive("num_frames", num_frames, whole=True)
-    if fps is not None:
-        _positive("fps", fps)
-    path = _existing_file(path, "video")
-    name, open_reader = choose(backend)
-    try:
-        reader = open_reader(path)
-        count = reader.count
-        if count < 1:
-            raise MediaError(f"{path} holds no decodable frame; it is truncated or corrupt")
-        first, last = reader.span()
-        rate = (count - 1) / (last - first) if count > 1 and last > first else reader.nominal_fps
-        if indices is not None:
-            chosen = _checked(indices, count, path)
-        elif num_frames is not None:
-            chosen = spread(count, num_frames)
-        elif fps is not None:
-            chosen = at_rate(count, rate, fps)
-        else:
-            chosen = list(range(count))
-        frames, times = reader.get(sorted(set(chosen)))
-    except (MediaError, BackendUnavailable):
-        raise
-    except Exception as error:  # every decoder has its own error types, some none at all; the cause stays attached
-        raise MediaError(f"{path} cannot be read: {diagnose(path, name)} ({name} says: {first_line(error)})") from error
-    where = np.searchsorted(sorted(set(chosen)), chosen)
-    return Video(
-        frames=frames if np.array_equal(where, np.arange(len(frames))) else frames[where],
-        timestamps=(np.asarray(times, dtype=np.float64) - first)[where],
-        indices=np.asarray(chosen, dtype=np.int64),
-        fps=float(rate),
-        backend=name,
-        path=str(path),
-    )
+    if sampling["num_frames"] is not None:
+        _positive("num_frames", sampling["num_frames"], whole=True)
+    if sampling["fps"] is not None:
+        _positive("fps", sampling["fps"])
+    for name, value in (("start", start), ("end", end)):
+        if value is not None and value != 0:
+            _positive(name, value)
+    if end is not None and end <= (start or 0):
+        raise ValueError(f"end must lie after start, got start={start or 0:g} and end={end:g} seconds")
+
+
+def _cut(times: np.ndarray, start: float | None, end: float | None, path: Path) -> tuple[int, int]:
+    """The first frame of a cut, which is the one that is being shown at `start`, and the one after its last."""
+    length = float(times[-1])
+    lasts = length / (len(times) - 1) if len(times) > 1 else 0.0  # how long the last frame is shown is not stored
+    if start is not None and start > length + lasts:
+        raise MediaError(
+            f"the cut from {start:g} s on lies behind the last frame of {path}, which is shown at {length:g} s"
+        )
+    first = 0 if start is None else max(bisect_right(times, start + SAME_TIME) - 1, 0)
+    last = len(times) if end is None else max(bisect_left(times, end - SAME_TIME), first + 1)
+    return first, last
 
 
 def spread(count: int, num_frames: int) -> list[int]:
@@ -144,6 +268,22 @@ def at_rate(count: int, native_fps: float, fps: float) -> list[int]:
     return [int(k * step) for k in range(math.ceil(count / step))]
 
 
+def at_times(times: Sequence[float], fps: float) -> list[int]:
+    """Return the indices of frames shown at times 0, 1/fps, 2/fps, ... after the first, where the rate varies.
+
+    Args: times: seconds at which each frame begins to be shown, in order; a frame is shown until the next one begins, and
+        the last one for as long as the mean frame.
+    Returns: ascending indices; a frame that several of the times fall on is there once.
+    """
+    since = np.asarray(times, dtype=np.float64) - times[0] - SAME_TIME
+    mean = (times[-1] - times[0]) / max(len(times) - 1, 1)
+    until = np.append(since[1:], since[-1] + mean)
+    earliest = np.maximum(np.ceil(since * fps), 0) / fps  # the first of the times that is not before the frame
+    shown = earliest < until
+    shown[0] = True  # also where one frame is all there is
+    return [int(i) for i in np.flatnonzero(shown)]
+
+
 def _rate(fps: float) -> Fraction:
     """The fraction nearest to a float rate, so that its rounding error can never move a sample by a frame."""
     value = float(fps)
@@ -162,8 +302,16 @@ def _existing_file(path: str | os.PathLike[str], kind: str) -> Path:
     if path.is_dir():
         raise MediaError(f"{path} is a folder, not {'an image' if kind == 'image' else 'a video'}; pass one file of it")
     if not path.is_file():
+        if path.is_symlink():
+            raise MediaError(f"{path} is a symbolic link that leads to no file; it is broken, or runs in a circle")
+        if path.exists():  # a pipe or a device would be waited for
+            raise MediaError(
+                f"{path} is neither a file nor a link to one; pass {'an image' if kind == 'image' else 'a video'}"
+            )
         folder = path.absolute().parent
         raise MediaError(f"{path} does not exist" + ("" if folder.is_dir() else f", nor does its folder {folder}"))
+    if not os.access(path, os.R_OK):
+        raise MediaError(f"{path} may not be read by this user; change its permissions")
     if path.stat().st_size == 0:
         raise MediaError(f"{path} is empty (0 bytes); it was probably never written to the end")
     return path

@@ -1,7 +1,9 @@
 """The decoders behind `mmeff.video_io.read`: one small class each, asked only for frames by their index.
 
-Nothing here samples. A reader counts the frames of its file exactly, tells when the first and the last are shown, and
-returns those it is asked for; what to ask for is decided once, in `video_io`.
+Nothing here samples. A reader counts the frames of its file exactly, tells when each is shown, and hands out those it is
+asked for one at a time, upright, so that memory is bounded by a few frames; what to ask for is decided once, in `video_io`.
+
+All four turn frames by the angle of the file's display matrix, a multiple of 90 degrees, and leave its mirrorings alone.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import numpy as np
 
 from mmeff.errors import BackendUnavailable, MediaError, suggest
 
+CHUNK = 8  # frames that a reader decodes ahead of what it hands out
 BACKENDS = ("torchcodec", "pyav", "decord", "opencv")  # the order in which "auto" tries them
 _PACKAGES = {"torchcodec": "torchcodec", "pyav": "av", "decord": "decord", "opencv": "opencv-python-headless"}
 
@@ -29,72 +32,87 @@ class Reader(Protocol):
     count: int
     nominal_fps: float  # what the header says; only used for a video of one frame, whose rate cannot be measured
 
-    def span(self) -> tuple[float, float]:
-        """Times of the first and the last frame."""
+    def times(self) -> Sequence[float]:
+        """When each frame is shown, in order."""
 
-    def get(self, indices: list[int]) -> tuple[np.ndarray, Sequence[float]]:
-        """Frames (T, H, W, 3) and times of ascending, distinct indices."""
+    def walk(self, indices: Sequence[int]) -> Iterator[np.ndarray]:
+        """Frames (H, W, 3) of ascending, distinct indices, one after the other; no more than CHUNK are held."""
 
 
 class _TorchCodec:
     def __init__(self, path: Path) -> None:
         decoders = import_module("torchcodec.decoders")
+        self.path = path
         self.decoder = decoders.VideoDecoder(str(path), dimension_order="NHWC", seek_mode="exact")
         self.count = len(self.decoder)
         self.nominal_fps = float(self.decoder.metadata.average_fps_from_header or 0)
 
-    def span(self) -> tuple[float, float]:
-        return self.decoder.get_frame_at(0).pts_seconds, self.decoder.get_frame_at(self.count - 1).pts_seconds
+    def times(self) -> Sequence[float]:
+        """torchcodec tells a frame's time only with its pixels, so the packets are listed by PyAV, which decodes nothing."""
+        if missing("pyav") is None:
+            packets = _Packets(self.path)
+            if len(packets.pts) == self.count:
+                return packets.seconds()
+        found: list[float] = []
+        for start in range(0, self.count, CHUNK):
+            stop = min(start + CHUNK, self.count)
+            found += self.decoder.get_frames_in_range(start, stop).pts_seconds.tolist()
+        return found
 
-    def get(self, indices: list[int]) -> tuple[np.ndarray, Sequence[float]]:
-        batch = self.decoder.get_frames_at(indices=indices)
-        return batch.data.numpy(), batch.pts_seconds.tolist()
+    def walk(self, indices: Sequence[int]) -> Iterator[np.ndarray]:
+        for start in range(0, len(indices), CHUNK):
+            yield from self.decoder.get_frames_at(indices=list(indices[start : start + CHUNK])).data.numpy()
+
+
+class _Packets:
+    """The display times of a file's frames, from its packets: read to the end, nothing decoded.
+
+    `pts` is empty where packets do not say when they are shown, as in old containers and bare streams.
+    """
+
+    def __init__(self, path: Path) -> None:
+        with _opened(path) as (container, stream):
+            self.nominal_fps = float(stream.average_rate or 0)
+            self.time_base = stream.time_base or Fraction(1)
+            shown = [(p.pts, p.is_keyframe) for p in container.demux(stream) if p.size and not p.is_discard]
+        pts = [p for p, _ in shown]
+        known = None not in pts and len(set(pts)) == len(pts)
+        self.pts: list[int] = sorted(pts) if known else []
+        self.keys: list[int] = sorted(p for p, is_key in shown if is_key) if known else []
+
+    def seconds(self) -> list[float]:
+        return [float(p * self.time_base) for p in self.pts]
 
 
 class _PyAV:
     """Packets are listed first, without decoding: that counts the frames exactly and gives the keyframes to seek to."""
 
     def __init__(self, path: Path) -> None:
-        self.av = import_module("av")
         self.path = path
-        with self._open() as (container, stream):
-            self.nominal_fps = float(stream.average_rate or 0)
-            self.time_base = stream.time_base or Fraction(1)
-            shown = [p for p in container.demux(stream) if p.size and not p.is_discard]
-            pts = [p.pts for p in shown]
-            self.by_time = None not in pts and len(set(pts)) == len(pts)
-            self.keys = sorted(p.pts for p in shown if p.is_keyframe) if self.by_time else []
+        packets = _Packets(path)
+        self.nominal_fps, self.keys = packets.nominal_fps, packets.keys
+        self.by_time = bool(packets.pts)
         if self.by_time:
-            self.pts = sorted(pts)
-        else:  # old containers and bare streams store no display times: count by decoding, and trust the nominal rate
-            self.pts = list(range(sum(1 for _ in self._walk())))
+            self.pts, self.time_base = packets.pts, packets.time_base
+        else:  # no display times: count by decoding, and trust the nominal rate
+            self.pts = list(range(sum(1 for _ in self._decoded())))
             self.time_base = Fraction(1 / self.nominal_fps if self.nominal_fps else 1)
         self.count = len(self.pts)
 
-    @contextmanager
-    def _open(self) -> Iterator[tuple[Any, Any]]:
-        with self.av.open(str(self.path)) as container:
-            streams = [stream for stream in container.streams.video if _kind(stream) == "video"]
-            if not streams:
-                raise RuntimeError("no video stream")
-            stream = streams[0]
-            stream.thread_type = "AUTO"
-            yield container, stream
+    def times(self) -> Sequence[float]:
+        return [float(p * self.time_base) for p in self.pts]
 
-    def _walk(self) -> Iterator[Any]:
-        with self._open() as (container, stream):
+    def walk(self, indices: Sequence[int]) -> Iterator[np.ndarray]:
+        for frame in self._sought(indices) if self.by_time else self._in_order(indices):
+            yield _upright(frame)
+
+    def _decoded(self) -> Iterator[Any]:
+        with _opened(self.path) as (container, stream):
             yield from container.decode(stream)
 
-    def span(self) -> tuple[float, float]:
-        return float(self.pts[0] * self.time_base), float(self.pts[-1] * self.time_base)
-
-    def get(self, indices: list[int]) -> tuple[np.ndarray, Sequence[float]]:
-        frames = self._sought(indices) if self.by_time else self._in_order(indices)
-        return np.stack(list(frames)), [float(self.pts[i] * self.time_base) for i in indices]
-
-    def _sought(self, indices: list[int]) -> Iterator[np.ndarray]:
+    def _sought(self, indices: Sequence[int]) -> Iterator[Any]:
         """Decode forward, jumping to a keyframe where one lies between the last frame and the next wanted one."""
-        with self._open() as (container, stream):
+        with _opened(self.path) as (container, stream):
             decoded: Iterator[Any] = container.decode(stream)
             trusted, at, frame = True, self.pts[0] - 1, None  # `at`: display time of the last decoded frame
             for index in indices:
@@ -117,26 +135,44 @@ class _PyAV:
                 if frame is None or frame.pts != target:
                     raise _undecodable(self.path, index, self.count)
                 at = frame.pts
-                yield frame.to_ndarray(format="rgb24")
+                yield frame
 
-    def _in_order(self, indices: list[int]) -> Iterator[np.ndarray]:
+    def _in_order(self, indices: Sequence[int]) -> Iterator[Any]:
         wanted = set(indices)
-        for number, frame in enumerate(self._walk()):
+        for number, frame in enumerate(self._decoded()):
             if number in wanted:
-                yield frame.to_ndarray(format="rgb24")
+                yield frame
                 if number == indices[-1]:
                     return
 
 
+@contextmanager
+def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
+    with import_module("av").open(str(path)) as container:
+        streams = [stream for stream in container.streams.video if _kind(stream) == "video"]
+        if not streams:
+            raise RuntimeError("no video stream")
+        stream = streams[0]
+        stream.thread_type = "AUTO"
+        yield container, stream
+
+
+def _upright(frame: Any) -> np.ndarray:
+    """The pixels of a PyAV frame, turned as its file asks for; the other decoders turn theirs without being told."""
+    quarters, rest = divmod(frame.rotation, 90)  # counter-clockwise
+    pixels: np.ndarray = frame.to_ndarray(format="rgb24")
+    return pixels if rest else np.rot90(pixels, quarters)
+
+
 class _Decord:
     """decord 0.6 is exact in containers with an index and no edit list. In others it returns wrong frames without a
-    word, so those are refused here; an edit list, which `ffmpeg -ss ... -c copy` writes into an mp4, it ignores: it
-    then counts the hidden frames before the cut too, and disagrees with every other backend."""
+    word, so those are refused here, whatever the file is called; an edit list, which `ffmpeg -ss ... -c copy` writes into
+    an mp4, it ignores: it then counts the hidden frames before the cut too, and disagrees with every other backend."""
 
     suffixes = (".mp4", ".m4v", ".mov", ".mkv", ".webm")
 
     def __init__(self, path: Path) -> None:
-        if path.suffix.lower() not in self.suffixes:
+        if not _is_indexed(path) and (path.suffix.lower() not in self.suffixes or _is_unindexed(path)):
             raise MediaError(
                 f"decord places frames correctly only in {', '.join(self.suffixes)}, got {path}; pass another backend"
             )
@@ -145,13 +181,29 @@ class _Decord:
         self.count = len(self.reader)
         self.nominal_fps = float(self.reader.get_avg_fps())
 
-    def span(self) -> tuple[float, float]:
-        times = self.reader.get_frame_timestamp([0, self.count - 1])
-        return float(times[0, 0]), float(times[1, 0])
+    def times(self) -> Sequence[float]:
+        return [float(t) for t in self.reader.get_frame_timestamp(range(self.count))[:, 0]]
 
-    def get(self, indices: list[int]) -> tuple[np.ndarray, Sequence[float]]:
-        frames = self.reader.get_batch(indices).asnumpy()
-        return frames, self.reader.get_frame_timestamp(indices)[:, 0].tolist()
+    def walk(self, indices: Sequence[int]) -> Iterator[np.ndarray]:
+        for start in range(0, len(indices), CHUNK):
+            yield from self.reader.get_batch(list(indices[start : start + CHUNK])).asnumpy()
+
+
+def _head(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return file.read(16)
+
+
+def _is_indexed(path: Path) -> bool:
+    """Whether a file is an MP4, MOV, Matroska or WebM by its first bytes."""
+    head = _head(path)
+    return head[4:8] in (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip") or head[:4] == b"\x1a\x45\xdf\xa3"
+
+
+def _is_unindexed(path: Path) -> bool:
+    """Whether a file is an AVI, MPEG-TS, MPEG-PS or bare stream, ASF, Ogg or FLV by its first bytes."""
+    starts = (b"RIFF", b"G", b"\x00\x00\x01", b"\x00\x00\x00\x01", b"0&\xb2u", b"OggS", b"FLV")
+    return _head(path).startswith(starts)
 
 
 class _OpenCV:
@@ -162,13 +214,13 @@ class _OpenCV:
         self.path = path
         capture = self._open()
         self.nominal_fps = float(capture.get(self.cv2.CAP_PROP_FPS))
-        self.times: list[float] = []
+        self.shown: list[float] = []
         while capture.grab():
-            self.times.append(capture.get(self.cv2.CAP_PROP_POS_MSEC) / 1000)
+            self.shown.append(capture.get(self.cv2.CAP_PROP_POS_MSEC) / 1000)
         capture.release()
-        self.count = len(self.times)
-        if any(b <= a for a, b in zip(self.times, self.times[1:], strict=False)):  # the container stores no times
-            self.times = [number / (self.nominal_fps or 1) for number in range(self.count)]
+        self.count = len(self.shown)
+        if any(b <= a for a, b in zip(self.shown, self.shown[1:], strict=False)):  # the container stores no times
+            self.shown = [number / (self.nominal_fps or 1) for number in range(self.count)]
 
     def _open(self) -> Any:
         capture = self.cv2.VideoCapture(str(self.path), self.cv2.CAP_FFMPEG)
@@ -176,11 +228,11 @@ class _OpenCV:
             raise RuntimeError("the file could not be opened")
         return capture
 
-    def span(self) -> tuple[float, float]:
-        return self.times[0], self.times[-1]
+    def times(self) -> Sequence[float]:
+        return self.shown
 
-    def get(self, indices: list[int]) -> tuple[np.ndarray, Sequence[float]]:
-        capture, wanted, frames = self._open(), set(indices), []
+    def walk(self, indices: Sequence[int]) -> Iterator[np.ndarray]:
+        capture, wanted = self._open(), set(indices)
         try:
             for number in range(indices[-1] + 1):
                 if not capture.grab():
@@ -189,10 +241,9 @@ class _OpenCV:
                     ok, frame = capture.retrieve()
                     if not ok:
                         raise _undecodable(self.path, number, self.count)
-                    frames.append(self.cv2.cvtColor(frame, self.cv2.COLOR_BGR2RGB))
+                    yield self.cv2.cvtColor(frame, self.cv2.COLOR_BGR2RGB)
         finally:
             capture.release()
-        return np.stack(frames), [self.times[i] for i in indices]
 
 
 _READERS: dict[str, Callable[[Path], Reader]] = {
