@@ -1,4 +1,4 @@
-"""The command line: `mmeff list | plan | compare | generate | ask | calibrate | bench | train`.
+"""The command line: `mmeff list | plan | compare | generate | ask | eval | report | calibrate | bench | train`.
 
 Every command prints for people, or with `--json` for programs. A method is named as in Python; its fields come from
 `--config file.yaml` and from `--set field=value`, which wins. Exit codes: 0 fine, 1 an error that a message explains, 2 wrong
@@ -24,6 +24,7 @@ from rich.table import Table
 import mmeff
 from mmeff.cli_bench import PASS_ON, bench, calibrate
 from mmeff.cli_calibrate import calibrate_app
+from mmeff.cli_eval import register as register_eval
 from mmeff.cli_train import MISSED, train_app
 from mmeff.config import MethodConfig, describe, normalise
 from mmeff.errors import MediaError, NothingAccelerated
@@ -39,6 +40,7 @@ app = typer.Typer(
 app.add_typer(train_app, name="train")
 calibrate_app.command("kernels")(calibrate)
 app.add_typer(calibrate_app, name="calibrate")
+register_eval(app)
 out_console = Console()
 err_console = Console(stderr=True)
 

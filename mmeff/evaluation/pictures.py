@@ -291,7 +291,7 @@ def density_map(
     """
     mask, note = _block_mask(layout_or_mask, head)
     nQ, nK = mask.shape
-    with _chart(4.8, 4.8 * min(max(nQ / nK, 0.35), 1.6) + 0.4) as (figure, axes):
+    with chart(4.8, 4.8 * min(max(nQ / nK, 0.35), 1.6) + 0.4) as (figure, axes):
         shades = _shades()
         picture = axes.imshow(mask, cmap=shades, vmin=0, vmax=1, interpolation="nearest", aspect="auto")
         axes.set_xlabel("key block")
@@ -306,12 +306,12 @@ def density_map(
                     line(k * per_frame - 0.5, color=COLOURS[1], linewidth=0.7, alpha=0.75)
         density = f"{mask.mean():.1%} of the blocks visited"
         lines = f"; lines: {frames} frames" + (" and text" if text_blocks else "") if frames and frames > 1 else ""
-        _titles(axes, title or "Block density", density + note + lines)
+        titles(axes, title or "Block density", density + note + lines)
         if not np.isin(mask, (0, 1)).all():
             bar = figure.colorbar(picture, ax=axes, fraction=0.046, pad=0.03)
             bar.set_label("fraction of heads")
             bar.outline.set_edgecolor(RULE)
-        return _png(figure)
+        return as_picture(figure)
 
 
 def accuracy_curve(
@@ -331,7 +331,7 @@ def accuracy_curve(
     if not points:
         raise ValueError("accuracy_curve needs at least one point, got none")
     policies = list(dict.fromkeys(p.policy for p in points))
-    with _chart(6.6, 4.2) as (figure, axes):
+    with chart(6.6, 4.2) as (figure, axes):
         if dense is not None:
             axes.axhline(dense.accuracy, color=INK, linewidth=1.2, linestyle=(0, (5, 3)), zorder=1)
             se = dense.standard_error
@@ -363,9 +363,9 @@ def accuracy_curve(
             )  # fmt: skip
         sizes = sorted({p.questions for p in points})
         n = f"{sizes[0]}" if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]}"
-        _titles(axes, title, f"{n} questions per point; bars are one standard error")
+        titles(axes, title, f"{n} questions per point; bars are one standard error")
         figure.legend(loc="outside lower center", ncols=min(len(policies), 4))
-        return _png(figure)
+        return as_picture(figure)
 
 
 def time_split(
@@ -386,7 +386,7 @@ def time_split(
     colours = _phase_colours(phases)
     totals = {label: math.fsum(parts.values()) for label, parts in rows.items()}
     longest = max(totals.values()) or 1.0
-    with _chart(6.6, 1.35 + 0.46 * len(rows)) as (figure, axes):
+    with chart(6.6, 1.35 + 0.46 * len(rows)) as (figure, axes):
         for phase in phases:
             widths = [parts.get(phase, 0.0) for parts in rows.values()]
             before = [
@@ -410,9 +410,9 @@ def time_split(
         axes.grid(axis="x", color=RULE, linewidth=0.8)
         axes.set_xlabel(f"time ({unit})")
         axes.spines["left"].set_visible(False)
-        _titles(axes, title, "")
+        titles(axes, title, "")
         figure.legend(loc="outside lower center", ncols=min(len(phases), 6))
-        return _png(figure)
+        return as_picture(figure)
 
 
 def _block_mask(source: Any, head: int | None) -> tuple[np.ndarray, str]:
@@ -461,7 +461,7 @@ def _shades() -> Any:
 
 
 @contextmanager
-def _chart(width: float, height: float) -> Iterator[tuple[Figure, Axes]]:
+def chart(width: float, height: float) -> Iterator[tuple[Figure, Axes]]:
     """A figure in the house style. No pyplot: it would keep every figure alive and pick a backend for the user."""
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -481,14 +481,15 @@ def _chart(width: float, height: float) -> Iterator[tuple[Figure, Axes]]:
         yield figure, figure.add_subplot()
 
 
-def _titles(axes: Axes, title: str, subtitle: str) -> None:
+def titles(axes: Axes, title: str, subtitle: str) -> None:
+    """A heading and, smaller, what it is about."""
     axes.set_title(title, loc="left", fontsize=11, fontweight="bold", color=INK, pad=22 if subtitle else 8)
     if subtitle:
         axes.annotate(subtitle, (0, 1), (0, 7), xycoords="axes fraction", textcoords="offset points",
                       fontsize=8.5, color=MUTED)  # fmt: skip
 
 
-def _png(figure: Figure) -> Image.Image:
+def as_picture(figure: Figure) -> Image.Image:
     """Render a figure; the image remembers its resolution, so that a page can show it at its physical size."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=DPI)
