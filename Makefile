@@ -55,8 +55,9 @@ format: $(STAMP) ## format the code and sort its imports
 	$(BIN)/ruff check --select I --fix .
 	$(BIN)/ruff format .
 
-docs: $(STAMP) ## write the tables of methods into README.md and docs/methods.md
+docs: $(STAMP) ## write the tables of methods and of committed measurements into README.md and docs/
 	$(BIN)/python docs/make_tables.py
+	$(BIN)/python docs/make_results.py
 
 train-vlm: $(STAMP) ## train the tiny vision-language model, resumable, into runs/tiny-vlm
 	$(BIN)/mmeff train tiny-vlm

@@ -18,7 +18,6 @@ import mmeff
 from mmeff.config import describe
 
 ROOT = Path(__file__).resolve().parents[1]
-BEGIN, END = "<!-- methods:begin -->", "<!-- methods:end -->"
 
 
 def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> int:
@@ -73,16 +72,17 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(" ".join(c.replace("|", "\\|").split()) for c in line) + " |" for line in lines)
 
 
-def put_between(text: str, new: str, name: str) -> str:
-    """`text` with `new` between the markers.
+def put_between(text: str, new: str, name: str, marker: str = "methods") -> str:
+    """`text` with `new` between the lines `<!-- MARKER:begin -->` and `<!-- MARKER:end -->`.
 
     Raises:
         ValueError: the markers do not stand there once each, in order.
     """
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise ValueError(f"{name} must hold the line {BEGIN} once and, below it, the line {END} once")
-    before, rest = text.split(BEGIN)
-    return f"{before}{BEGIN}\n\n{new}\n\n{END}{rest.split(END)[1]}"
+    begin, end = f"<!-- {marker}:begin -->", f"<!-- {marker}:end -->"
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        raise ValueError(f"{name} must hold the line {begin} once and, below it, the line {end} once")
+    before, rest = text.split(begin)
+    return f"{before}{begin}\n\n{new}\n\n{end}{rest.split(end)[1]}"
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from mmeff.handle import Handle, HandleStack, Host
 from mmeff.registry import all_methods, build
 from mmeff.report import Plan
 
-_HOST_PACKAGES = ("mmeff.pruning.hosts", "mmeff.diffusion_attn.hosts")
+_HOST_PACKAGES = ("mmeff.pruning.hosts", "mmeff.diffusion_attn.hosts", "mmeff.vision_backbones.hosts")
 _hosts: list[type[Host]] = []
 
 
@@ -62,7 +62,7 @@ def accelerate(model_or_pipeline: Any, method: Any, **fields: Any) -> Any:
     """Install a method on a model or pipeline.
 
     Args:
-        model_or_pipeline: a transformers vision-language model or a diffusers pipeline that a host knows.
+        model_or_pipeline: a transformers vision-language model, a diffusers pipeline or a timm backbone that a host knows.
         method: a config, its class, its name, a YAML path, or a list of these (installed in order).
         fields: config fields that replace defaults; not with a list.
     Returns:
@@ -96,7 +96,8 @@ def plan(model_or_pipeline: Any, method: Any, **sizes: Any) -> Plan:
 
     Args:
         sizes: what the host needs: `height`, `width`, `num_frames`, `num_inference_steps` for video; `text_tokens`,
-            `images` for vision-language models. Names that are fields of the method configure it.
+            `images` for vision-language models; `height`, `width`, `batch` for backbones. Names that are fields of the
+            method configure it.
     Returns:
         a `Plan` with density, predicted speedup and every reason for a fallback.
     Raises:

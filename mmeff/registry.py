@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 from mmeff.config import MethodConfig, normalise
 from mmeff.errors import UnknownMethod, suggest
 
-ROOMS = ("mmeff.pruning", "mmeff.diffusion_attn")
+ROOMS = ("mmeff.pruning", "mmeff.diffusion_attn", "mmeff.vision_backbones")
 GROUP = "mmeff.methods"
 
 _methods: dict[str, type[MethodConfig]] = {}

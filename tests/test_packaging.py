@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -167,17 +168,33 @@ def test_tests_are_no_package():
     assert not list((ROOT / "tests").rglob("__init__.py"))
 
 
-@pytest.fixture
-def tables():
-    spec = importlib.util.spec_from_file_location("make_tables", ROOT / "docs/make_tables.py")
+BEGIN, END = "<!-- methods:begin -->", "<!-- methods:end -->"
+
+
+def script(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / f"docs/{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
+@pytest.fixture
+def tables():
+    return script("make_tables")
+
+
+def test_measured_tables_are_current(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    results = script("make_results")
+    assert results.main(["--check"]) == 0, capsys.readouterr().err
+    for page in ("quality.md", "pruning-results.md", "acting.md"):
+        for picture in re.findall(r"!\[[^]]*\]\(([^)]+)\)", (ROOT / "docs" / page).read_text()):
+            assert (ROOT / "docs" / picture).is_file(), f"{page} shows {picture}"
+
+
 @pytest.mark.parametrize("name", ["README.md", "docs/methods.md"])
 def test_method_tables_are_current(tables, name, tmp_path, capsys):
-    empty = f"{tables.BEGIN}\n{tables.END}\n"
+    empty = f"{BEGIN}\n{END}\n"
     for other in ("README.md", "docs/methods.md"):
         (tmp_path / other).parent.mkdir(exist_ok=True)
         (tmp_path / other).write_text(empty)
@@ -188,8 +205,8 @@ def test_method_tables_are_current(tables, name, tmp_path, capsys):
 
 def test_stale_tables_are_named_and_then_written(tables, tmp_path, capsys):
     (tmp_path / "docs").mkdir()
-    (tmp_path / "README.md").write_text(f"above\n{tables.BEGIN}\nold\n{tables.END}\nbelow\n")
-    (tmp_path / "docs/methods.md").write_text(f"{tables.BEGIN}\n{tables.END}\n")
+    (tmp_path / "README.md").write_text(f"above\n{BEGIN}\nold\n{END}\nbelow\n")
+    (tmp_path / "docs/methods.md").write_text(f"{BEGIN}\n{END}\n")
     assert tables.main(["--check"], root=tmp_path) == 1
     assert "README.md, docs/methods.md" in capsys.readouterr().err
     assert "old" in (tmp_path / "README.md").read_text(), "--check changed a file"
@@ -204,7 +221,7 @@ def test_stale_tables_are_named_and_then_written(tables, tmp_path, capsys):
 
 @pytest.mark.parametrize("text", ["no markers", "{END}{BEGIN}", "{BEGIN}{BEGIN}{END}"])
 def test_missing_markers_are_named(tables, text):
-    text = text.format(BEGIN=tables.BEGIN, END=tables.END)
+    text = text.format(BEGIN=BEGIN, END=END)
     with pytest.raises(ValueError, match=r"README.md must hold the line <!-- methods:begin --> once"):
         tables.put_between(text, "new", "README.md")
 

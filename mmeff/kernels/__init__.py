@@ -10,6 +10,7 @@ from .dispatch import record
 from .layout import BlockLayout, Bounds
 from .merge import merge_attention
 from .neighborhood import explain_neighborhood, na_scores, na_values, neighborhood_attention
+from .partitioned import explain_partitioned, partitioned_attention
 from .routed import explain_routed, routed_attention
 from .token_scores import token_scores
 
@@ -20,11 +21,13 @@ __all__ = [
     "block_sparse_attention",
     "explain",
     "explain_neighborhood",
+    "explain_partitioned",
     "explain_routed",
     "merge_attention",
     "na_scores",
     "na_values",
     "neighborhood_attention",
+    "partitioned_attention",
     "record",
     "routed_attention",
     "token_scores",

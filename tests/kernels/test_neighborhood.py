@@ -306,7 +306,8 @@ def test_the_operator_is_registered_as_pytorch_wants_it(with_lse):
 # ---------------------------------------------------------------- the choice of a backend
 
 
-def test_what_auto_chooses_and_records():
+def test_what_auto_chooses_and_records_without_a_compiler(monkeypatch):
+    monkeypatch.setenv("MMEFF_NATIVE", "0")
     q, k, v, *_ = tensors((28, 28), (7, 7), B=1, D=32)
     cases = {
         "dense": {"window": 7, "dilation": 4},

@@ -3,8 +3,9 @@
 One rule covers sliding windows (stride 1), Swin's and MaxViT's windows (stride = window), MaxViT's grid and DiNAT
 (dilation), the strided windows of GNA, and causal axes. Reading order: `rule.py` says which keys a query sees,
 `reference.py` what is computed; `plan.py` and `tiles.py` cut the grid into dense tiles, in plain PyTorch on any device
-(`chunk.py` computes a tile); `triton_impl.py` launches the kernels of `triton_kernels.py` on a GPU; `op.py` chooses and
-registers the operator with PyTorch; `unfused.py` has the two halves apart, for methods that change the weights between.
+(`chunk.py` computes a tile); `native.py` and `native.c` give every query its own small window, on CPUs; `triton_impl.py`
+launches the kernels of `triton_kernels.py` on a GPU; `op.py` chooses and registers the operator with PyTorch; `unfused.py`
+has the two halves apart, for methods that change the weights between.
 """
 
 from __future__ import annotations
@@ -53,8 +54,8 @@ def neighborhood_attention(
             same softmax; no bias is added to them.
         scale: factor on q k^T; None is 1/sqrt(D).
         return_lse: also return the log-sum-exp of the scores, to be merged by `merge_attention`.
-        backend: "auto", "triton", "dense", "partitioned", "blocks", "tiles" or "reference". auto takes the one expected to be
-            fastest; all of them compute the same thing. A named backend runs or raises; it never falls back. The
+        backend: "auto", "triton", "dense", "partitioned", "blocks", "native", "tiles" or "reference". auto takes the one
+            expected to be fastest; all of them compute the same thing. A named backend runs or raises; it never falls back. The
             backward pass uses the same name, or chooses for itself under "auto".
 
     Returns: out (B, *grid, H, D) in the dtype of q; with return_lse also the natural-log LSE, (B, H, *grid) float32

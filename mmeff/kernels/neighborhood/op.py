@@ -14,18 +14,18 @@ import torch
 from torch import Tensor
 
 from ..dispatch import Backend, choose, note, without_autocast
-from . import blocks, reference, tiles, triton_impl
+from . import blocks, native, reference, tiles, triton_impl
 from .problem import BackwardProblem, Problem
 from .rule import Axis, Rule
 
 OPERATOR = "neighborhood_attention"
 # In the order of explain_neighborhood(); equal costs go to the first.
 FORWARD: tuple[Backend[Problem], ...] = (
-    triton_impl.FORWARD, tiles.DENSE_FORWARD, tiles.PARTITIONED_FORWARD, blocks.FORWARD, tiles.FORWARD,
+    triton_impl.FORWARD, tiles.DENSE_FORWARD, tiles.PARTITIONED_FORWARD, blocks.FORWARD, native.FORWARD, tiles.FORWARD,
     reference.FORWARD,
 )  # fmt: skip
 BACKWARD: tuple[Backend[BackwardProblem], ...] = (
-    triton_impl.BACKWARD, tiles.DENSE_BACKWARD, tiles.PARTITIONED_BACKWARD, blocks.BACKWARD, tiles.BACKWARD,
+    triton_impl.BACKWARD, tiles.DENSE_BACKWARD, tiles.PARTITIONED_BACKWARD, blocks.BACKWARD, native.BACKWARD, tiles.BACKWARD,
     reference.BACKWARD,
 )  # fmt: skip
 

@@ -1,0 +1,1 @@
+"""One module per family of timm models; each lists its hosts in `HOSTS`."""
