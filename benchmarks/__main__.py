@@ -1,6 +1,7 @@
 """The command line of the benchmarks, from the root of a checkout: `python -m benchmarks kernels | roofline | plot | table`
 and `video` for speed, `quality | quality-table` for what sparse attention costs, `pruning | pruning-table` and `acting |
-acting-table` for what dropping visual tokens costs, `prefill` for what that gains.
+acting-table` for what dropping visual tokens costs, `prefill` for what that gains, `digits | digits-table` for whether the
+vision backbones learn, `backbones | backbones-table` for how fast they are.
 
 Exit codes: 0 fine, 1 an error that a message explains, 2 wrong usage, 5 a red gate: a backend is wrong, so nothing is timed.
 """
@@ -16,6 +17,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
+from .commands_backbones import backbones, backbones_table, digits, digits_table
 from .commands_pruning import acting, acting_table, prefill, pruning, pruning_table
 from .console import err_console, out_console, positive, progress, shard_of
 
@@ -355,7 +357,17 @@ def quality_table(
     err_console.print(f"{summary}\n{figure}", soft_wrap=True)
 
 
-for command in (pruning, pruning_table, acting, acting_table, prefill):
+for command in (
+    pruning,
+    pruning_table,
+    acting,
+    acting_table,
+    prefill,
+    digits,
+    digits_table,
+    backbones,
+    backbones_table,
+):
     app.command()(command)
 
 

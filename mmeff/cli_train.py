@@ -184,8 +184,24 @@ def train_tiny_vmoba(
 
 @train_app.command("tiny-vlm")
 def train_tiny_vlm(
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the finished model.")] = Path("runs/tiny-vlm"),
-    work: Work = Path("runs/train-tiny-vlm"),
+    tower: Annotated[
+        str,
+        typer.Option(
+            help="A vision backbone in place of CLIP, such as biformer_tiny or nat_mini; a small one of its family."
+        ),
+    ] = "",
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out", "-o", help="Folder of the finished model.  [default: runs/tiny-vlm, or runs/tiny-vlm-TOWER]"
+        ),
+    ] = None,
+    work: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of checkpoints and the log; a run there is resumed.  [default: runs/train-tiny-vlm, with -TOWER]"
+        ),
+    ] = None,
     see_steps: Annotated[int | None, typer.Option(help="Steps of stage 1, the vision tower.")] = None,
     read_steps: Annotated[int | None, typer.Option(help="Steps of stage 2, the language model.")] = None,
     join_steps: Annotated[int | None, typer.Option(help="Steps of stage 3, everything.")] = None,
@@ -195,16 +211,18 @@ def train_tiny_vlm(
     from mmeff.training import reexec_with_cpu_environment
 
     reexec_with_cpu_environment()
-    from mmeff.evaluation import gates
+    from mmeff.evaluation import gates, gates_tower
     from mmeff.tiny import train_vlm
     from mmeff.tiny.export import export_vlm
 
     budget: dict[str, Any] = {"see_steps": see_steps, "read_steps": read_steps, "join_steps": join_steps}
-    recipe = replace(train_vlm.VlmRecipe(seed=seed), **{k: v for k, v in budget.items() if v is not None})
-    net = train_vlm.train(recipe, work, progress=_print_step)
+    recipe = replace(train_vlm.VlmRecipe(seed=seed, tower=tower), **{k: v for k, v in budget.items() if v is not None})
+    suffix = f"-{tower}" if tower else ""
+    out = out or Path(f"runs/tiny-vlm{suffix}")
+    net = train_vlm.train(recipe, work or Path(f"runs/train-tiny-vlm{suffix}"), progress=_print_step)
     export_vlm(net, out)
     gate = gates.vlm_gate(out, say=print)
-    gates.seal_vlm(out, recipe, gate)
+    (gates_tower.seal_tower if tower else gates.seal_vlm)(out, recipe, gate)
     _gate_exit(gate, out)
 
 

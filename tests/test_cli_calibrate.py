@@ -15,7 +15,7 @@ PICTURES = [str(tiny.data_folder() / "samples" / name) for name in ("scene-1.jpg
 
 @pytest.fixture
 def mmeff_cli(capsys, monkeypatch, tmp_path):
-    """Runs `mmeff ARGS` in this process: (exit code, stdout, stderr on one line)."""
+    """Runs `mmeff ARGS` in this process: (exit code, stdout and stderr, each on one line)."""
     monkeypatch.chdir(tmp_path)
 
     def run(*args: str) -> tuple[int, str, str]:
@@ -27,7 +27,7 @@ def mmeff_cli(capsys, monkeypatch, tmp_path):
         except SystemExit as stop:
             code = int(stop.code or 0)
         out, err = capsys.readouterr()
-        return code, out, " ".join(err.split())
+        return code, " ".join(out.split()), " ".join(err.split())  # however wide the console is
 
     return run
 

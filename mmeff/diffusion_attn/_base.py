@@ -48,7 +48,7 @@ def timed_by(recorder: Recorder) -> Iterator[None]:
         _recorder.reset(token)
 
 
-def timed(name: str, device: torch.device) -> AbstractContextManager[None]:
+def timed(name: str, device: torch.device) -> AbstractContextManager[object, bool | None]:
     """A span for the report: methods wrap what they do besides attention ("layout", "selection", "permute") in it."""
     recorder = _recorder.get()
     return nullcontext() if recorder is None else recorder.time(name, device)

@@ -70,9 +70,12 @@ def load(source: str, *, device: str = "auto", dtype: str = "auto") -> Loaded:
         if attach_if_present(pipeline, source):  # a folder that `mmeff train tiny-video` wrote
             pipeline.mmeff_note = tiny.NOTE
         return Loaded(kind="video", model=pipeline.to(device), source=source)
-    from transformers import AutoModelForImageTextToText, AutoProcessor
+    from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
     try:
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+        if getattr(getattr(config, "vision_config", None), "model_type", None) == "timm_wrapper":
+            import mmeff.vision_backbones  # noqa: F401  # its towers are built by timm, which must know them
         model = AutoModelForImageTextToText.from_pretrained(
             source, dtype=chosen, use_safetensors=True, trust_remote_code=False
         )

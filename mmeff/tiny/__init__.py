@@ -53,7 +53,10 @@ def vla(*, device: str = "cpu", attention: str = "sdpa") -> tuple[Any, Any]:
 def load_vlm(folder: str | Path, *, device: str = "cpu", attention: str = "sdpa") -> tuple[Any, Any]:
     """A tiny VLM from its folder; see `vlm`."""
     import torch
-    from transformers import AutoProcessor, LlavaForConditionalGeneration
+    from transformers import AutoConfig, AutoProcessor, LlavaForConditionalGeneration
+
+    if AutoConfig.from_pretrained(folder).vision_config.model_type == "timm_wrapper":
+        import mmeff.vision_backbones  # noqa: F401  registers what timm then builds
 
     model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32, attn_implementation=attention)
     model.mmeff_note = NOTE

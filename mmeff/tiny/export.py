@@ -20,7 +20,8 @@ HASHES = "SHA256SUMS"
 
 def export_vlm(net: Any, folder: str | Path) -> Path:
     """Save a trained LLaVA model and its processor; float16 on disk."""
-    return _export_llava(net, vlm_model.processor(), folder)
+    has_class_token = net.config.vision_feature_select_strategy == "default"
+    return _export_llava(net, vlm_model.processor(class_token=has_class_token), folder)
 
 
 def export_video_vlm(net: Any, folder: str | Path) -> Path:

@@ -25,6 +25,7 @@ from mmeff import training
 from mmeff.tiny import scenes, vlm_model
 
 SEGMENT = 10  # tokens of one packed question with its answer and end mark
+CHECKPOINT_EVERY = 200  # steps
 Policy = Callable[[Any, torch.Tensor, np.random.Generator], torch.Tensor | None]
 
 FIRST = 1 + vlm_model.VISUAL  # position of a question's first token
@@ -48,6 +49,7 @@ class VlmRecipe:
     read_tokens: int = 36
     join_tokens: tuple[int, ...] = (18, 36, 72)
     auxiliary: float = 0.2  # weight of the stage-1 losses in stage 3
+    tower: str = ""  # a backbone in place of CLIP
 
 
 class Eye(nn.Module):
@@ -213,9 +215,18 @@ def random_tokens(count: int) -> Policy:
     return draw
 
 
+def see(net: Any, pixels: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The vision tower's hidden states (B, 1 + V, C). A backbone has one, with the mean in place of a class token."""
+    states: tuple[torch.Tensor, ...] = net.model.vision_tower(pixels, output_hidden_states=True).hidden_states
+    if net.config.vision_feature_select_strategy == "default":
+        return states
+    state = torch.cat([states[-1].mean(dim=1, keepdim=True), states[-1]], dim=1)
+    return state, state
+
+
 def look(net: Any, pixels: torch.Tensor) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
     """Projected visual tokens (B, V, C) and the vision tower's hidden states."""
-    states = net.model.vision_tower(pixels, output_hidden_states=True).hidden_states
+    states = see(net, pixels)
     return net.model.multi_modal_projector(states[-2][:, 1:]), states
 
 
@@ -228,13 +239,15 @@ def _stage(recipe: VlmRecipe, step: int) -> tuple[str, int, int]:
     raise IndexError(step)
 
 
-def _optimizer(net: Any, eye: Eye, stage: str) -> training.MuonWithAdamW:
+def _optimizer(net: Any, eye: Eye, stage: str) -> training.Optimizer:
     """Fresh optimisers for a stage, over what the stage trains."""
     vision = list(net.model.vision_tower.named_parameters(prefix="model.vision_tower"))
     rest = [(n, p) for n, p in net.named_parameters() if not n.startswith("model.vision_tower")]
     heads = list(eye.named_parameters(prefix="eye"))
     named = {"see": vision + heads, "read": rest, "join": vision + rest + heads}[stage]
-    matrices, others = training.split_matrices(named, lambda n: ".layers." in n or "projector" in n)
+    matrices, others = training.split_matrices(named, lambda n: ".layers." in n or ".blocks." in n or "projector" in n)
+    if not matrices:  # FocalNet has convolutions of one pixel in their place
+        return training.Optimizer([torch.optim.AdamW(others, lr=1.0, betas=(0.9, 0.98), weight_decay=0.0)])
     return training.MuonWithAdamW(matrices, others)
 
 
@@ -246,9 +259,10 @@ def train(
     Raises:
         ValueError: the folder holds a run of another recipe.
     """
-    run = training.Run(folder, {"kind": "tiny-vlm", **asdict(recipe)})
+    settings = {name: value for name, value in asdict(recipe).items() if name != "tower" or value}
+    run = training.Run(folder, {"kind": "tiny-vlm", **settings})
     torch.manual_seed(recipe.seed)
-    net, eye, words = vlm_model.model().train(), Eye(), vlm_model.tokenizer()
+    net, eye, words = vlm_model.model(tower=recipe.tower).train(), Eye(), vlm_model.tokenizer()
     start, steps = 0, recipe.see_steps + recipe.read_steps + recipe.join_steps
     optimizer, stage_now = None, None
     if (stored := run.load()) is not None:
@@ -267,14 +281,14 @@ def train(
         pixels, truth = vlm_model.pixels(batch.images), patch_truth(batch)
         row: dict[str, float] = {}
         if stage == "see":
-            states = net.model.vision_tower(pixels, output_hidden_states=True).hidden_states
+            states = see(net, pixels)
             loss, row = eye(states, truth)
         else:
             draw = training.rng(recipe.seed, step)
             packed = pack(batch, draw, recipe.questions, words)
             some = stage == "read" or inner % 2 == 1
             with torch.set_grad_enabled(not some):
-                states = net.model.vision_tower(pixels, output_hidden_states=True).hidden_states
+                states = see(net, pixels)
             features = net.model.multi_modal_projector(states[-2][:, 1:])
             keep = None
             if some:
@@ -298,7 +312,7 @@ def train(
             run.log(step=step + 1, stage=stage, lr=lr, **mean)
             if progress:
                 progress(step + 1, steps, mean)
-        if (step + 1) % 200 == 0 or step + 1 == steps:
+        if (step + 1) % CHECKPOINT_EVERY == 0 or step + 1 == steps:
             tensors = training.with_prefix("net", net.state_dict()) | training.with_prefix("eye", eye.state_dict())
             run.save(tensors | optimizer.tensors(), step=step + 1, stage=stage)
         if (step + 1) % 400 == 0 and stage == "join":

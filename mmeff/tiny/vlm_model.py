@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from mmeff.tiny import scenes
+from mmeff.tiny import scenes, towers
 
 PATCH = 8
 SIDE = scenes.SIZE // PATCH  # 12 x 12 visual tokens
@@ -41,8 +41,10 @@ def tokenizer(known: list[str] | None = None) -> Any:
     return words
 
 
-def processor(*, size: int = scenes.SIZE, known: list[str] | None = None, template: str = CHAT_TEMPLATE) -> Any:
-    """The stock LLaVA processor for square pictures of `size` pixels."""
+def processor(
+    *, size: int = scenes.SIZE, known: list[str] | None = None, template: str = CHAT_TEMPLATE, class_token: bool = True
+) -> Any:
+    """The stock LLaVA processor for square pictures of `size` pixels, of a tower with or without a class token."""
     from transformers import CLIPImageProcessor, LlavaProcessor
 
     images = CLIPImageProcessor(
@@ -55,18 +57,23 @@ def processor(*, size: int = scenes.SIZE, known: list[str] | None = None, templa
         image_processor=images,
         tokenizer=tokenizer(known),
         patch_size=PATCH,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
+        vision_feature_select_strategy="default" if class_token else "full",
+        num_additional_image_tokens=int(class_token),
         chat_template=template,
     )
 
 
-def model(*, size: int = scenes.SIZE) -> Any:
-    """The untrained network for `size` pixels: CLIP vision of 4 layers, LLaVA's two-layer projector, Llama of 6 layers."""
+def model(*, size: int = scenes.SIZE, tower: str = "") -> Any:
+    """The untrained network for `size` pixels: CLIP vision of 4 layers, LLaVA's two-layer projector, Llama of 6 layers.
+
+    Args: tower: a backbone in CLIP's place; see `mmeff.tiny.towers`.
+    """
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
-    config = LlavaConfig(
-        vision_config=CLIPVisionConfig(
+    vision: Any = (
+        towers.config(tower, size=size, patch=PATCH)
+        if tower
+        else CLIPVisionConfig(
             image_size=size,
             patch_size=PATCH,
             hidden_size=DIM,
@@ -74,7 +81,10 @@ def model(*, size: int = scenes.SIZE) -> Any:
             num_hidden_layers=4,
             num_attention_heads=4,
             projection_dim=DIM,
-        ),
+        )
+    )
+    config = LlavaConfig(
+        vision_config=vision,
         text_config=LlamaConfig(
             vocab_size=64,
             hidden_size=DIM,
@@ -90,14 +100,17 @@ def model(*, size: int = scenes.SIZE) -> Any:
         ),
         image_token_id=SPECIAL.index("<image>"),
         image_seq_length=(size // PATCH) ** 2,
-        vision_feature_layer=-2,
-        vision_feature_select_strategy="default",
+        vision_feature_layer=-1 if tower else -2,
+        vision_feature_select_strategy="full" if tower else "default",
         tie_word_embeddings=False,
     )
     net = LlavaForConditionalGeneration(config)
     net.generation_config.pad_token_id = 0
     net.generation_config.bos_token_id = 1
     net.generation_config.eos_token_id = 2
+    if tower:
+        towers.initialise(net.model.vision_tower)
+        return net
     with torch.no_grad():
         table = net.model.vision_tower.embeddings.position_embedding.weight
         table[1:] = _sincos_2d(size // PATCH, DIM) * 0.5

@@ -47,7 +47,7 @@ class Scripted(ProcessorPolicy):
 def run(policy, handle=None, *, episodes, batch, horizon=manipulation.HORIZON):
     from mmeff.evaluation import closed_loop as module
 
-    return module._run(policy, handle, 31, episodes, batch, horizon, None)
+    return module._run(policy, handle, 31, range(episodes), batch, horizon, None)
 
 
 def test_expert_wins_every_episode():
