@@ -12,6 +12,9 @@ import pytest
 os.environ["MMEFF_CALIBRATE"] = "0"
 os.environ["MMEFF_CACHE"] = str(Path(__file__).parent.parent / ".pytest_cache" / "mmeff")
 
+# A console that is made while COLUMNS is set keeps that width; tests set their own.
+os.environ.pop("COLUMNS", None)
+
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
