@@ -58,6 +58,7 @@ format: $(STAMP) ## format the code and sort its imports
 docs: $(STAMP) ## write the tables of methods and of committed measurements into README.md and docs/
 	$(BIN)/python docs/make_tables.py
 	$(BIN)/python docs/make_results.py
+	$(BIN)/python docs/make_backbones.py
 
 train-vlm: $(STAMP) ## train the tiny vision-language model, resumable, into runs/tiny-vlm
 	$(BIN)/mmeff train tiny-vlm

@@ -1,0 +1,65 @@
+"""Write the tables of docs/backbones.md: the models from timm's registry, and what they learn from the committed rows.
+
+    python docs/make_backbones.py            # rewrite what stands between the markers, draw the figure
+    python docs/make_backbones.py --check    # change nothing; exit 1 and name the tables that are out of date
+
+Only what stands between `<!-- NAME:begin -->` and `<!-- NAME:end -->` is touched.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import timm
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "docs")]  # the benchmarks are no part of the package
+
+from make_tables import put_between, table  # noqa: E402
+
+import mmeff.vision_backbones  # noqa: E402
+from benchmarks import digits, digits_table  # noqa: E402
+
+PAGE = "docs/backbones.md"
+
+
+def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> int:
+    parser = argparse.ArgumentParser(description="Write the tables of docs/backbones.md.")
+    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if a table is out of date")
+    check = parser.parse_args(arguments).check
+    path = root / PAGE
+    rows = digits.read(digits.ROWS)
+    stale = []
+    for name, text in (("models", models()), ("digits", digits_table.markdown(rows))):
+        old = path.read_text()
+        new = put_between(old, text, PAGE, name)
+        if new != old:
+            stale.append(name)
+            if not check:
+                path.write_text(new)
+    if check and stale:
+        print(f"{PAGE}: out of date: {', '.join(stale)}; run `make docs`", file=sys.stderr)
+        return 1
+    if not check:
+        digits_table.draw(rows, root / "docs" / "images" / "digits.png")
+    print(f"{', '.join(stale)} rewritten" if stale else f"{PAGE} is current")
+    return 0
+
+
+def models() -> str:
+    """A row per registered name: parameters are counted, the rest is what its entry point says of the official model."""
+    rows = []
+    for name in mmeff.vision_backbones.registered():
+        model = timm.create_model(name, device="meta")
+        cfg = timm.get_pretrained_cfg(name)
+        parameters = sum(p.numel() for p in model.parameters())
+        said = (timm.model_entrypoint(name).__doc__ or "").split("\n")[0]
+        rows.append((f"`{name}`", f"{parameters / 1e6:.2f} M", str(cfg.input_size[-1]), said))
+    return table(("name", "parameters, counted", "made for", "official model, as published"), rows)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
