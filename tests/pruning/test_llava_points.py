@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 
@@ -121,3 +123,66 @@ def test_a_layer_is_spared_the_keys_that_scoring_has_projected(method):
         for hook in hooks:
             hook.remove()
     assert (fast.logits[0] - alone.logits[0]).abs().max() < 1e-5
+
+
+def test_a_layer_is_spared_the_queries_of_text_that_scoring_has_projected():
+    """Text stays, so the layer projects the queries of the other tokens alone; unequal rows of text are not taken apart."""
+    model, inputs = SmallLlava.model(), SmallLlava.prompts()
+    layer = model.model.language_model.layers[2].self_attn.q_proj
+
+    def rows_and_logits(given, spared):
+        rows = []
+        with mmeff.accelerate(model, TransPrune(schedule="2:0.5")) as handle:
+            watch = layer.register_forward_hook(lambda module, args, output: rows.append(args[0].shape[1]))
+            if not spared:  # put in what the layer would have projected itself
+                norm = model.model.language_model.layers[2].input_layernorm
+                entered = []
+                hooks = [
+                    norm.register_forward_hook(lambda module, args, output: entered.append(output)),
+                    layer.register_forward_hook(
+                        lambda module, args, output: torch.nn.functional.linear(entered[-1], module.weight)
+                    ),
+                ]
+            out = checks.generate(model, given, max_new_tokens=1).logits[0]
+            kept = handle.report().kept[2].shape[1]
+            for hook in [watch] + ([] if spared else hooks):
+                hook.remove()
+        return rows, out, kept
+
+    alone = {name: x[:1] for name, x in inputs.items() if name != "pixel_values"}
+    real = alone["attention_mask"].bool()
+    alone = {name: x[real][None] for name, x in alone.items()}
+    images = int((alone["input_ids"] == model.config.image_token_id).sum()) // model.config.image_seq_length
+    alone["pixel_values"] = inputs["pixel_values"][:images]
+    rows, fast, kept = rows_and_logits(alone, spared=True)
+    visual = images * model.config.image_seq_length
+    total = alone["input_ids"].shape[1] - visual + kept
+    assert 0 < rows[0] < total and rows == [rows[0], total - rows[0]]
+    assert (fast - rows_and_logits(alone, spared=False)[1]).abs().max() < 1e-5
+    (first, second), _, _ = rows_and_logits(inputs, spared=True)
+    assert second > total - rows[0] and first < second, "rows of a batch with unequal text are projected whole"
+
+
+def test_text_rows_without_weight_are_not_projected():
+    model, inputs = SmallLlava.model(), SmallLlava.prompts()
+    seen = {}
+
+    @dataclass(frozen=True, kw_only=True)
+    class Halved(FastV):
+        def score(self, view):
+            factors = torch.zeros(view.text.shape[0], 1, view.text.shape[1])
+            factors[..., ::2] = 0.5
+            rows = []
+            layer = model.model.language_model.layers[view.point.layer - 1].self_attn.q_proj
+            watch = layer.register_forward_hook(lambda module, args, output: rows.append(args[0].shape[1]))
+            half = view.received("text", weights=factors)
+            watch.remove()
+            seen["rows"], seen["text"] = rows[0], view.text.shape[1]
+            every = view.text_attention(to="visual") * (factors * view.text[:, None])[..., None]
+            seen["error"] = (half - every.sum(2)).abs().max()
+            return half.sum(1)
+
+    with mmeff.accelerate(model, Halved(schedule="2:0.5")):
+        checks.generate(model, inputs, max_new_tokens=1)
+    assert seen["rows"] == -(-seen["text"] // 2) < seen["text"]
+    assert seen["error"] < 1e-5

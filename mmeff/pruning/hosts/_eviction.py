@@ -18,7 +18,8 @@ from mmeff.errors import UnsupportedModel
 from mmeff.kernels import token_scores
 from mmeff.pruning._base import Rows, Where
 from mmeff.pruning._schedule import PrunePoint
-from mmeff.pruning.hosts._language import LanguagePruner, Pass, Places, adopt_layer, digest_of, thin
+from mmeff.pruning.hosts._language import LanguagePruner, Pass, adopt_layer, digest_of, thin
+from mmeff.pruning.hosts._places import Places
 from mmeff.pruning.hosts._view import View, project, turn, visible_before
 
 WAITING = "the prompt was read, and no token has been decoded at which its visual tokens could leave the cache"

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,48 +22,12 @@ from mmeff.errors import UnsupportedModel
 from mmeff.handle import Handle
 from mmeff.pruning._base import TokenPruner
 from mmeff.pruning._schedule import PrunePoint
+from mmeff.pruning.hosts._ahead import Given, carried, spare
+from mmeff.pruning.hosts._places import Places
 from mmeff.pruning.hosts._view import View, attention_of_last, gather_rows, token_changes
-from mmeff.report import TokenPlaces
 
 if TYPE_CHECKING:
     from mmeff.pruning.hosts._eviction import Evictor
-
-
-@dataclass
-class Places:
-    """Where the visual tokens of a chunk lie, (B, q) each.
-
-    visual: bool. marker: bool, newline embeddings and separators inside a picture, which always stay. frame: which image,
-    tile or video frame of the row, from 0. row, column: in that frame's grid. picture: which image of the row, or which
-    frame of its videos, as the model merges them, from 0. tile: bool, tokens of a part of a picture that is also seen whole.
-    box: (B, q, 4) where in the picture, see `_boxes`, NaN where that cannot be told. padded: share of a token's area that
-    is padding, or None where the host cannot tell.
-    """
-
-    visual: Tensor
-    marker: Tensor
-    frame: Tensor
-    row: Tensor
-    column: Tensor
-    picture: Tensor
-    tile: Tensor
-    box: Tensor
-    padded: Tensor | None = None
-
-    def repeat(self, n: int) -> Places:
-        """Each row n times, as beams have them."""
-        given = {f.name: getattr(self, f.name) for f in fields(self)}
-        rows: dict[str, Any] = {name: x if x is None else x.repeat_interleave(n, 0) for name, x in given.items()}
-        return Places(**rows)
-
-    def of_tokens(self) -> TokenPlaces:
-        """Pictures and boxes by visual token of a row, in place of column."""
-        width = int(self.visual.sum(dim=1).max())
-        order = (~self.visual).to(torch.uint8).argsort(dim=1, stable=True)[:, :width]
-        there = self.visual.gather(1, order)
-        box = gather_rows(self.box, order, dim=1).masked_fill(~there[..., None], torch.nan)
-        picture = self.picture.gather(1, order).masked_fill(~there, -1)
-        return TokenPlaces(picture.cpu(), box.cpu(), (self.tile.gather(1, order) & there).cpu())
 
 
 @dataclass
@@ -86,7 +50,9 @@ class Pass:
     past_real: Tensor | None = None  # (B, base) bool, False on padding of earlier turns
     first: tuple[Any, Any] | None = None  # the arguments of decoder layer 0
     scored: tuple[int, Any] | None = None  # layer index, and the arguments it ran with
-    ahead: Tensor | None = None  # keys of the layer that is about to run, which scoring has projected already
+    ahead: dict[str, Given] = field(
+        default_factory=dict
+    )  # by projection, what scoring has projected of the layer that is about to run
     moved: dict[int, dict[str, Any]] = field(default_factory=dict)  # what watched sublayers did to their tokens
     complete: bool = True  # no filler among the present tokens
     masks: dict[int, Tensor | None] = field(default_factory=dict)  # per stage
@@ -138,7 +104,10 @@ class LanguagePruner:
             hook = self.layers[index].register_forward_pre_hook(self._hook(index), with_kwargs=True)
             handle.on_remove(hook.remove)
         for index in self.points:
-            self._spare_keys(self.layers[index].self_attn.k_proj)
+            for which in ("q", "k"):
+                projection = getattr(self.layers[index].self_attn, f"{which}_proj")
+                for remove in spare(projection, which, lambda: {} if self.now is None else self.now.ahead):
+                    handle.on_remove(remove)
         for index in method.watches(len(self.layers)):
             self._watch(index)
         self._observe(method.observes(len(self.layers)))
@@ -278,32 +247,12 @@ class LanguagePruner:
             hidden = hidden.clone()
             hidden[b, view._slots[b, v]] = decision.hidden[b, v].to(hidden.dtype)
         taken = thin(now, view, wanted)
-        if view.ahead is not None and decision.hidden is None:
-            keys, span = view.ahead
-            now.ahead = gather_rows(keys, taken, dim=1)
-            span.share = -taken.shape[1] / keys.shape[1]
+        now.ahead = {} if decision.hidden is not None else carried(view.ahead, taken)
         now.scored = None
         now.masks.clear()
         now.rotary.clear()
         self.record(point, wanted, view)
         return (gather_rows(hidden, taken, dim=1), *args[1:]), kwargs
-
-    def _spare_keys(self, projection: Any) -> None:
-        """Give a layer the keys that scoring has projected in place of projecting them again."""
-
-        def little(module: Any, args: Any) -> Any:
-            if torch.compiler.is_compiling() or self.now is None or self.now.ahead is None:
-                return None
-            return (args[0][:, :1], *args[1:])
-
-        def ready(module: Any, args: Any, output: Any) -> Any:
-            if torch.compiler.is_compiling() or self.now is None or self.now.ahead is None:
-                return None
-            keys, self.now.ahead = self.now.ahead, None
-            return keys
-
-        for hook in (projection.register_forward_pre_hook(little), projection.register_forward_hook(ready)):
-            self.handle.on_remove(hook.remove)
 
     def _remember_prompt(self, now: Pass) -> None:
         """Keep the columns of the visual tokens, which decoding refers to."""

@@ -23,8 +23,8 @@ from mmeff.config import MethodConfig
 from mmeff.pruning._base import EncoderView, Need
 from mmeff.pruning.hosts._boxes import cells, clipped, in_square
 from mmeff.pruning.hosts._encoder import PatchEncoder
-from mmeff.pruning.hosts._language import Places
 from mmeff.pruning.hosts._multimodal import Prompt, VisionLanguageHost
+from mmeff.pruning.hosts._places import Places
 from mmeff.pruning.hosts._view import View
 from mmeff.pruning.hosts.llava import grid_side, has_class_token
 

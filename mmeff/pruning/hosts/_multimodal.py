@@ -23,7 +23,8 @@ from mmeff.handle import Handle, Host, describe_model
 from mmeff.pruning._base import EncoderView, Need, TokenPruner
 from mmeff.pruning.hosts._cost import Cost
 from mmeff.pruning.hosts._encoder import Capture
-from mmeff.pruning.hosts._language import LanguagePruner, Pass, Places
+from mmeff.pruning.hosts._language import LanguagePruner, Pass
+from mmeff.pruning.hosts._places import Places
 from mmeff.pruning.hosts._view import View
 from mmeff.report import DENSE, SPARSE, Plan
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +18,17 @@ if TYPE_CHECKING:
 CHUNK_BYTES = 64 * 2**20  # of attention of text rows at a time
 
 
+class Projected(NamedTuple):
+    """Values (B, R, C) of a projection of the layer at a prune point, before norm and rotary embedding.
+
+    slots: (B, R) places among the present tokens; None for all of them. span: the time it took, inside of the selection.
+    """
+
+    slots: Tensor | None
+    values: Tensor
+    span: Span
+
+
 class View:
     """See `LayerView`. `entering` are the arguments of the layer at the prune point, as the model gave them."""
 
@@ -25,7 +36,7 @@ class View:
         self.pruner, self.point, self.now, self._entering = pruner, point, now, entering
         self.layers = len(pruner.layers)
         self.state = pruner.state
-        self.ahead: tuple[Tensor, Span] | None = None  # keys of the layer at the prune point, before norm and rotary
+        self.ahead: dict[str, Projected] = {}  # by projection, "q" or "k"
         self._asked: dict[tuple[Rows, Where], Any] = {}
         places = now.places
         self.is_visual = places.visual.gather(1, now.cur) & now.alive  # (B, n) among the present tokens
@@ -59,14 +70,17 @@ class View:
     def received(self, rows: Rows = "last", *, weights: Tensor | None = None, where: Where = "before") -> Tensor:
         if weights is not None and rows != "text":
             raise ValueError(f'weights are factors of the text rows; pass rows="text" with them, got rows={rows!r}')
-        slots, used = self._query_rows(rows)
-        factors = used
+        slots, factors = self._query_rows(rows)
+        asked = None
         if weights is not None:
-            factors = weights.float() * self.text[:, None] if used is None else weights.float() * used
-        q, k, visible, before, scale = self._queries_and_keys(rows, slots, where)
-        scores = token_scores(
-            q, k, row_positions=slots + before, key_mask=visible, weights=factors, scale=scale
-        )  # fmt: skip
+            factors = weights.float() * self.text[:, None]
+            some = rows_that_count(factors)
+            if some is not None:
+                slots = slots.gather(1, some)
+                factors = factors.gather(2, some[:, None].expand(-1, factors.shape[1], -1))
+                asked = self._project(slots, where)
+        q, k, visible, before, scale = asked or self._queries_and_keys(rows, slots, where)
+        scores = token_scores(q, k, row_positions=slots + before, key_mask=visible, weights=factors, scale=scale)
         at = (self._slots + before)[:, None].expand(-1, scores.shape[1], -1)
         return scores.gather(2, at) * self.present[:, None]
 
@@ -93,11 +107,12 @@ class View:
         and the scale; projected once, however often a method asks."""
         found: tuple[Tensor, Tensor, Tensor, int, float]
         if (rows, where) not in self._asked:
-            self._asked[rows, where] = self._project(slots, where)
+            self._asked[rows, where] = self._project(slots, where, stay=rows == "text")
         found = self._asked[rows, where]
         return found
 
-    def _project(self, slots: Tensor, where: Where) -> tuple[Tensor, Tensor, Tensor, int, float]:
+    def _project(self, slots: Tensor, where: Where, *, stay: bool = False) -> tuple[Tensor, Tensor, Tensor, int, float]:
+        """As `_queries_and_keys`. stay: the slots are those of all text, which no method drops."""
         now = self.now
         if where == "next":
             index, (args, given) = self.point.layer, self._entering
@@ -111,11 +126,14 @@ class View:
             hidden, rotary = args[0], given["position_embeddings"]
             new = keys_of(now.cache.layers[index]).transpose(1, 2) if now.cache is not None else None
         layer = self.pruner.layers[index]
-        picked = gather_rows(hidden, slots, dim=1)
-        q = turn(layer, "q", project(layer, "q", picked), *(gather_rows(x, slots, dim=1) for x in rotary))
+        if where == "next" and stay and bool(self.text.all()):
+            raw = self._ahead(layer, "q", hidden, slots)
+        else:
+            raw = project(layer, "q", gather_rows(hidden, slots, dim=1))
+        q = turn(layer, "q", raw, *(gather_rows(x, slots, dim=1) for x in rotary))
         k = new
         if k is None:
-            raw = self._keys_ahead(layer, hidden) if where == "next" else project(layer, "k", hidden)
+            raw = self._ahead(layer, "k", hidden, None) if where == "next" else project(layer, "k", hidden)
             k = turn(layer, "k", raw, *rotary)
             past = None if now.cache is None or index >= len(now.cache.layers) else now.cache.layers[index]
             if where == "next" and past is not None and past.is_initialized and past.keys.numel():
@@ -126,14 +144,15 @@ class View:
             visible = torch.cat([visible_before(now, index, before), visible], dim=1)
         return q, k, visible, before, layer.self_attn.scaling
 
-    def _keys_ahead(self, layer: Any, hidden: Tensor) -> Tensor:
-        """The layer's own keys, which it is spared where its tokens stay; what it is spared does not count as selection."""
-        if self.ahead is None:
+    def _ahead(self, layer: Any, which: str, hidden: Tensor, slots: Tensor | None) -> Tensor:
+        """The layer's own projection of the tokens at `slots`, or of all, which it is spared where they stay; what it is spared
+        does not count as selection."""
+        if which not in self.ahead:
             with self.pruner.handle.recorder.time("selection", hidden.device) as span:
-                raw = project(layer, "k", hidden)
+                raw = project(layer, which, hidden if slots is None else gather_rows(hidden, slots, dim=1))
             span.share = 0.0  # inside of a span that counts
-            self.ahead = raw, span
-        return self.ahead[0]
+            self.ahead[which] = Projected(slots, raw, span)
+        return self.ahead[which].values
 
     def _query_rows(self, rows: Rows) -> tuple[Tensor, Tensor | None]:
         """Places (B, R) of the query rows among the present tokens, and weights (B, 1, R) that blank the unused ones."""
@@ -188,6 +207,14 @@ class View:
         assert self.now.look is not None
         found: EncoderView = self.now.look()(self)
         return found
+
+
+def rows_that_count(factors: Tensor) -> Tensor | None:
+    """Places (B, R) of the rows whose factors (B, 1 or H, T) are not all 0, and of a few others where rows of the batch have
+    fewer of them; None where that leaves nothing out."""
+    counts = (factors != 0).any(1)
+    most = max(1, int(counts.sum(1).max()))
+    return None if most == counts.shape[1] else (~counts).to(torch.uint8).argsort(dim=1, stable=True)[:, :most]
 
 
 def project(layer: Any, which: str, hidden: Tensor) -> Tensor:

@@ -18,8 +18,8 @@ from mmeff.config import MethodConfig
 from mmeff.pruning._base import EncoderView, Need
 from mmeff.pruning.hosts._boxes import in_tiles, runs
 from mmeff.pruning.hosts._encoder import PatchEncoder
-from mmeff.pruning.hosts._language import Places
 from mmeff.pruning.hosts._multimodal import Prompt, VisionLanguageHost
+from mmeff.pruning.hosts._places import Places
 from mmeff.pruning.hosts._view import View
 from mmeff.pruning.hosts.llava import to_rows
 

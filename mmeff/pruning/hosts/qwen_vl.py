@@ -19,8 +19,8 @@ from mmeff.kernels import token_scores
 from mmeff.pruning._base import EncoderView, Need
 from mmeff.pruning.hosts._boxes import cells
 from mmeff.pruning.hosts._encoder import Bring, Capture
-from mmeff.pruning.hosts._language import Places
 from mmeff.pruning.hosts._multimodal import Prompt, VisionLanguageHost
+from mmeff.pruning.hosts._places import Places
 from mmeff.pruning.hosts._view import View
 from mmeff.pruning.hosts.llava import to_rows
 

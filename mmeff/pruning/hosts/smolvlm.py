@@ -14,8 +14,8 @@ from torch import Tensor
 
 from mmeff.pruning._base import EncoderView, Need
 from mmeff.pruning.hosts._encoder import PatchEncoder
-from mmeff.pruning.hosts._language import Places
 from mmeff.pruning.hosts._multimodal import Prompt, VisionLanguageHost
+from mmeff.pruning.hosts._places import Places
 from mmeff.pruning.hosts._view import View
 from mmeff.pruning.hosts.internvl import mean_of_patches, places_in_tiles
 from mmeff.pruning.hosts.llava import to_rows

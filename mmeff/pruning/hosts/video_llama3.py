@@ -20,8 +20,8 @@ from torch import Tensor
 
 from mmeff.pruning._base import EncoderView, Need
 from mmeff.pruning.hosts._boxes import cells
-from mmeff.pruning.hosts._language import Places
 from mmeff.pruning.hosts._multimodal import Prompt, VisionLanguageHost
+from mmeff.pruning.hosts._places import Places
 from mmeff.pruning.hosts._view import View
 from mmeff.pruning.hosts.llava import to_rows
 from mmeff.pruning.hosts.qwen_vl import KINDS, BlockEncoder, token_masks
