@@ -31,11 +31,12 @@ class Decision(NamedTuple):
     """What a method answers at a prune point.
 
     keep: (B, V) bool, True for tokens that stay. hidden: (B, V, D) values that replace the hidden states of kept tokens
-    (merging), or None; entries of dropped tokens are ignored.
+    (merging), or None; entries of dropped tokens are ignored. merged: (B, V) bool, which of them are replaced; None for all.
     """
 
     keep: Tensor
     hidden: Tensor | None = None
+    merged: Tensor | None = None
 
 
 class Transition(NamedTuple):

@@ -140,7 +140,7 @@ class SparseVLM(LayerPruner):
         # NaN is worse than any attention, but better than not being there
         best = top_k(scores.nan_to_num(nan=-1.0), candidates(dropped.sum(1), self.recycled), dropped)
         centres, hidden = merge_clusters(view.hidden(), best, clusters, self.recycled)
-        return Decision(keep | centres, hidden)
+        return Decision(keep | centres, hidden, centres)
 
     def _raters(self, view: LayerView) -> Tensor:
         """(B, T) bool. Chosen at the first prune point of a prompt, read back at the others."""

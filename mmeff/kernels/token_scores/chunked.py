@@ -37,9 +37,10 @@ def run(problem: Problem) -> tuple[Tensor, Tensor]:
     lse = problem.k.new_full((B, Hk, group, R), -torch.inf, dtype=problem.dtype)
     given = None if problem.lse is None else _never_minus_inf(problem.lse.to(problem.dtype).unflatten(1, (Hk, group)))
     for chunk in _chunks(problem, given):
-        p, own = chunk.softmax(problem)
-        lse[chunk.rows] = own
-        weights = torch.ones_like(own) if given is None else torch.exp(own - given[chunk.rows])
+        p, own = chunk.softmax(problem, with_lse=given is not None or problem.keep_lse)
+        if own is not None:
+            lse[chunk.rows] = own
+        weights = p.new_ones(p.shape[:-1]) if own is None or given is None else torch.exp(own - given[chunk.rows])
         if chunk.weights is not None:
             weights = weights * chunk.weights
         columns = torch.bmm(weights.flatten(0, 1)[:, None], p.flatten(0, 1))
@@ -61,6 +62,7 @@ def backward(problem: BackwardProblem) -> Gradients:
     for chunk in _chunks(forward, lse, blank_keys=True):
         here = chunk.rows
         p, own = chunk.softmax(forward)
+        assert own is not None
         g = grad[chunk.b, chunk.heads, :, : chunk.keys]
         factor = None if centred else torch.exp(own - lse[here])
         if need_rows or centred:
@@ -104,10 +106,10 @@ class Chunk:
         """Where these rows are in a (B, Hk, group, R, ...) tensor."""
         return self.b, self.heads, slice(None), self.r
 
-    def softmax(self, problem: Problem) -> tuple[Tensor, Tensor]:
+    def softmax(self, problem: Problem, *, with_lse: bool = True) -> tuple[Tensor, Tensor | None]:
         """Return the softmax of the scores, (heads, group, rows, keys), and their log-sum-exp, (heads, group, rows).
 
-        Rows that see nothing give 0 and -inf.
+        Rows that see nothing give 0 and -inf. Without `with_lse` it may be None, which saves two looks at all scores.
         """
         h, group, rows, _ = self.q.shape
         flat, out = self.buffer[:, : h * group * rows * self.keys].view(2, h, group * rows, self.keys)
@@ -119,8 +121,11 @@ class Chunk:
         if self.key_mask is not None:
             scores.masked_fill_(~self.key_mask, -torch.inf)
         p = torch.softmax(scores, -1, out=out.view(scores.shape))
+        every_row_sees = self.key_mask is None and self.agreed > 0  # the first key, at least
+        if every_row_sees and not with_lse:
+            return p, None
         top = scores.amax(-1)
-        if self.key_mask is None and self.agreed > 0:  # every row sees the first key
+        if every_row_sees:
             return p, top - p.amax(-1).log()
         blind = top == -torch.inf
         p.masked_fill_(blind[..., None], 0.0)

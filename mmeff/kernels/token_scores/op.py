@@ -32,7 +32,9 @@ def call(
     backend: str,
 ) -> Tensor:
     """Run the operator on checked arguments and return the scores."""
-    return _forward(q_rows, k, row_positions, key_mask, weights, lse, scale, backend)[0]
+    differentiated = (q_rows, k) if weights is None else (q_rows, k, weights)
+    keep_lse = lse is None and torch.is_grad_enabled() and any(x.requires_grad for x in differentiated)
+    return _forward(q_rows, k, row_positions, key_mask, weights, lse, scale, backend, keep_lse)[0]
 
 
 @torch.library.custom_op("mmeff::token_scores", mutates_args=())
@@ -45,14 +47,15 @@ def _forward(
     lse: Tensor | None,
     scale: float,
     backend: str,
+    keep_lse: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Return the scores and the LSE that the backward pass needs; an empty one if the caller gave it."""
-    problem = make_problem(q_rows, k, row_positions, key_mask, weights, lse, scale)
+    """Return the scores and the LSE that the backward pass needs; an empty one where there is none, or the caller gave it."""
+    problem = make_problem(q_rows, k, row_positions, key_mask, weights, lse, scale, keep_lse=keep_lse)
     chosen, reason = choose(OPERATOR, FORWARD, problem, backend)
     note(OPERATOR, chosen.name, reason)
     with without_autocast(k.device):
         scores, own = chosen.run(problem)
-    return scores, own if lse is None else scores.new_empty(0)
+    return scores, own if keep_lse else scores.new_empty(0)
 
 
 @_forward.register_fake
@@ -63,12 +66,14 @@ def _(
     key_mask: Tensor | None,
     weights: Tensor | None,
     lse: Tensor | None,
-    *rest: Any,
+    scale: float,
+    backend: str,
+    keep_lse: bool,
 ) -> tuple[Tensor, Tensor]:
     B, R, H, _ = q_rows.shape
     dtype = torch.float64 if q_rows.dtype == torch.float64 else torch.float32
     scores = k.new_empty(B, H, k.shape[1], dtype=dtype)
-    return scores, scores.new_empty((B, H, R) if lse is None else 0)
+    return scores, scores.new_empty((B, H, R) if keep_lse else 0)
 
 
 @torch.library.custom_op("mmeff::token_scores_backward", mutates_args=())
@@ -128,18 +133,18 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q_rows, k, row_positions, key_mask, weights, lse, ctx.scale, ctx.backend = inputs
+    q_rows, k, row_positions, key_mask, weights, lse, ctx.scale, ctx.backend, _ = inputs
     ctx.lse_given = lse is not None
     ctx.save_for_backward(q_rows, k, row_positions, key_mask, weights, output[1] if lse is None else lse)
 
 
 def _differentiate(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    need_q, need_k, _, _, need_weights, need_lse, _, _ = ctx.needs_input_grad
+    need_q, need_k, _, _, need_weights, need_lse, *_ = ctx.needs_input_grad
     needs = [need_q, need_k, need_weights, need_lse]
     *inputs, lse = ctx.saved_tensors
     grads = _backward(grad, *inputs, lse, ctx.lse_given, ctx.scale, ctx.backend, needs)
     dq, dk, dweights, dlse = (x if need else None for x, need in zip(grads, needs, strict=True))
-    return dq, dk, None, None, dweights, dlse, None, None
+    return dq, dk, None, None, dweights, dlse, None, None, None
 
 
 _forward.register_autograd(_differentiate, setup_context=_setup_context)

@@ -21,6 +21,7 @@ class Problem:
     weights: Tensor | None  # (B|1, H|1, R)
     lse: Tensor | None  # (B, H, R): the caller's; None lets the backend normalise
     scale: float
+    keep_lse: bool = True  # a backward pass will want it
 
     @property
     def B(self) -> int:
@@ -102,13 +103,15 @@ def make_problem(
     weights: Tensor | None,
     lse: Tensor | None,
     scale: float,
+    *,
+    keep_lse: bool = True,
 ) -> Problem:
     """Bring checked arguments into the shapes that the backends read."""
     if row_positions is not None and row_positions.ndim == 1:
         row_positions = row_positions[None]
     if weights is not None and weights.ndim == 1:
         weights = weights[None, None]
-    return Problem(q_rows, k, row_positions, key_mask, weights, lse, scale)
+    return Problem(q_rows, k, row_positions, key_mask, weights, lse, scale, keep_lse)
 
 
 def check(

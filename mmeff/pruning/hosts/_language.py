@@ -242,17 +242,18 @@ class LanguagePruner:
         if remark is not None:
             self.handle.recorder.remark(remark)
         wanted = decision.keep & view.present
-        if decision.hidden is not None:
-            b, v = wanted.nonzero(as_tuple=True)
-            hidden = hidden.clone()
-            hidden[b, view._slots[b, v]] = decision.hidden[b, v].to(hidden.dtype)
         taken = thin(now, view, wanted)
+        hidden = gather_rows(hidden, taken, dim=1)
+        if decision.hidden is not None:
+            b, v = (wanted if decision.merged is None else wanted & decision.merged).nonzero(as_tuple=True)
+            place = torch.searchsorted(taken, view._slots.contiguous())
+            hidden[b, place[b, v]] = decision.hidden[b, v].to(hidden.dtype)
         now.ahead = {} if decision.hidden is not None else carried(view.ahead, taken)
         now.scored = None
         now.masks.clear()
         now.rotary.clear()
         self.record(point, wanted, view)
-        return (gather_rows(hidden, taken, dim=1), *args[1:]), kwargs
+        return (hidden, *args[1:]), kwargs
 
     def _remember_prompt(self, now: Pass) -> None:
         """Keep the columns of the visual tokens, which decoding refers to."""

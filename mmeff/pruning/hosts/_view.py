@@ -181,7 +181,7 @@ class View:
         return self.now.ids.gather(1, self.now.cur.gather(1, self._text_slots))
 
     def hidden(self) -> Tensor:
-        return gather_rows(self._entering[0][0], self._slots, dim=1) * self.present[..., None]
+        return gather_rows(self._entering[0][0], self._slots, dim=1).mul_(self.present[..., None])
 
     def inputs(self) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
         assert self.now.first is not None
