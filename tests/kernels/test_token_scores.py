@@ -212,9 +212,9 @@ def samples():
     q, k = (x.requires_grad_() for x in tensors(2, 5, 12, 4, 2, 8))
     positions, mask = torch.tensor([0, 3, 11, -1, 7]), torch.rand(2, 12).lt(0.8)
     weights, lse = torch.rand(1, 4, 5, requires_grad=True), torch.full((2, 4, 5), 2.0, requires_grad=True)
-    yield q, k, None, None, None, None, 0.3, "auto"
-    yield q, k, positions, mask, weights, None, 0.3, "chunked"
-    yield q, k.detach(), positions, None, weights.detach(), lse, 0.3, "reference"
+    yield q, k, None, None, None, None, 0.3, "auto", True
+    yield q, k, positions, mask, weights, None, 0.3, "chunked", True
+    yield q, k.detach(), positions, None, weights.detach(), lse, 0.3, "reference", False
 
 
 @pytest.mark.parametrize("sample", range(3))

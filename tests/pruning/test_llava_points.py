@@ -134,13 +134,15 @@ def test_a_layer_is_spared_the_queries_of_text_that_scoring_has_projected():
         rows = []
         with mmeff.accelerate(model, TransPrune(schedule="2:0.5")) as handle:
             watch = layer.register_forward_hook(lambda module, args, output: rows.append(args[0].shape[1]))
-            if not spared:  # put in what the layer would have projected itself
+            if not spared:  # put in what the layer would have projected itself, whose norm runs after that of scoring
                 norm = model.model.language_model.layers[2].input_layernorm
                 entered = []
                 hooks = [
                     norm.register_forward_hook(lambda module, args, output: entered.append(output)),
                     layer.register_forward_hook(
-                        lambda module, args, output: torch.nn.functional.linear(entered[-1], module.weight)
+                        lambda module, args, output: (
+                            torch.nn.functional.linear(entered[-1], module.weight) if len(entered) > 1 else None
+                        )
                     ),
                 ]
             out = checks.generate(model, given, max_new_tokens=1).logits[0]

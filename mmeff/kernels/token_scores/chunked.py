@@ -21,11 +21,11 @@ from torch import Tensor
 from ..dispatch import Backend
 from .problem import BackwardProblem, Gradients, Problem
 
-# Bytes of scores in one chunk, which exist twice: before and after the softmax. On CPU per thread, up to a limit: of 1, 2,
-# 4, 8, 16 MiB (N 2880, 32 heads, D 128, float32, EPYC with 32 MiB of L3) 4 was the fastest by little on one thread, 8 on
-# two, where threads wait for each other several times in a chunk, which a busy machine makes long. Elsewhere few and large
+# Bytes of scores in one chunk, which exist twice: before and after the softmax. On CPU per thread, up to a limit: of 1/4, 1/2,
+# 1, 2 and 8 MiB on two threads of an EPYC with 32 MiB of L3 (float32; 63 rows of 16 heads on 208 to 640 keys, 32 and 256 rows
+# of 32 heads on 2880), 2 took 10 to 15 % less than 8 throughout, and less ones lost at 256 rows. Elsewhere few and large
 # launches win.
-CHUNK_BYTES_PER_THREAD = 8 * 2**20
+CHUNK_BYTES_PER_THREAD = 2 * 2**20
 CHUNK_BYTES_CPU = 64 * 2**20
 CHUNK_BYTES_DEVICE = 256 * 2**20
 

@@ -24,7 +24,7 @@ from mmeff.pruning._base import TokenPruner
 from mmeff.pruning._schedule import PrunePoint
 from mmeff.pruning.hosts._ahead import Given, carried, spare
 from mmeff.pruning.hosts._places import Places
-from mmeff.pruning.hosts._view import View, attention_of_last, gather_rows, token_changes
+from mmeff.pruning.hosts._view import View, attention_of_last, gather_rows, projection, token_changes
 
 if TYPE_CHECKING:
     from mmeff.pruning.hosts._eviction import Evictor
@@ -105,8 +105,8 @@ class LanguagePruner:
             handle.on_remove(hook.remove)
         for index in self.points:
             for which in ("q", "k"):
-                projection = getattr(self.layers[index].self_attn, f"{which}_proj")
-                for remove in spare(projection, which, lambda: {} if self.now is None else self.now.ahead):
+                module = projection(self.layers[index], which)
+                for remove in spare(module, which, lambda: {} if self.now is None else self.now.ahead):
                     handle.on_remove(remove)
         for index in method.watches(len(self.layers)):
             self._watch(index)
