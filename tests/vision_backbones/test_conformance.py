@@ -12,7 +12,6 @@ compiled graphs) float32 is granted 1e-4, and gradients, which cancel, 1e-3. Oth
 from __future__ import annotations
 
 import copy
-import importlib.util
 import io
 import re
 import subprocess
@@ -422,10 +421,6 @@ def test_exports(name: str) -> None:
 
 
 @every_kind
-@pytest.mark.skipif(
-    not all(importlib.util.find_spec(name) for name in ("onnxscript", "onnxruntime")),
-    reason="needs onnx, onnxscript and onnxruntime, which are no dependency; torch.export is tested above",
-)
 def test_runs_in_onnx(name: str) -> None:
     """Families without an operator of ours: ONNX knows no neighborhood attention."""
     model, x = small(name), images()

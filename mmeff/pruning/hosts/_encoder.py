@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from mmeff.errors import UnsupportedModel
 from mmeff.handle import Handle
 from mmeff.kernels import token_scores
 
@@ -70,7 +71,10 @@ def _layers(eyes: Any) -> Any:
             found = getattr(found, name, None)
         if found is not None:
             return found
-    raise TypeError(f"{type(eyes).__name__} has no layers where encoders of known families have them")
+    raise UnsupportedModel(
+        f"the method looks into the vision encoder, and {type(eyes).__name__} has no layers where encoders of known families "
+        "have them; choose a method that does not look there, such as FastV or AdaptInfer"
+    )
 
 
 class PatchEncoder:
