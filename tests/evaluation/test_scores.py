@@ -12,7 +12,7 @@ from evaluation_fakes import given
 
 from mmeff.evaluation import scores
 from mmeff.evaluation.evaluate import evaluate
-from mmeff.evaluation.measures import measure, motion_smoothness, steadiness
+from mmeff.evaluation.measures import ON_FILES, measure, motion_smoothness, steadiness
 from mmeff.evaluation.results_page import category_bars, pareto, summary, write_report
 from mmeff.evaluation.scores import choice, estimate, normal, paired, score, wilson
 
@@ -215,5 +215,6 @@ def test_a_lost_video_is_noted(tmp_path):
     (tmp_path / run.merged.rows[0]["artifact"]).unlink()
     found, notes = measure(run)
     assert set(found["dense"]) == {"n/1"} and notes == [
-        "1 videos of the run are gone or damaged, and were not measured."
+        ON_FILES,
+        "1 videos of the run are gone or damaged, and were not measured.",
     ]
