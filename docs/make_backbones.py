@@ -1,4 +1,4 @@
-"""Write the tables of docs/backbones.md: the models from timm's registry, and what they learn from the committed rows.
+"""Write the tables of docs/backbones.md: the models from timm's registry, their speed and what they learn from committed rows.
 
     python docs/make_backbones.py            # rewrite what stands between the markers, draw the figure
     python docs/make_backbones.py --check    # change nothing; exit 1 and name the tables that are out of date
@@ -21,7 +21,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "docs")]  # the benchmarks are no part of 
 from make_tables import put_between, table  # noqa: E402
 
 import mmeff.vision_backbones  # noqa: E402
-from benchmarks import digits, digits_table  # noqa: E402
+from benchmarks import backbones, backbones_table, digits, digits_table  # noqa: E402
 
 PAGE = "docs/backbones.md"
 
@@ -32,8 +32,10 @@ def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> int:
     check = parser.parse_args(arguments).check
     path = root / PAGE
     rows = digits.read(digits.ROWS)
+    timed = backbones.latest(backbones.read(backbones.ROWS))
+    tables = {"models": models(), "speed": backbones_table.markdown(timed), "digits": digits_table.markdown(rows)}
     stale = []
-    for name, text in (("models", models()), ("digits", digits_table.markdown(rows))):
+    for name, text in tables.items():
         old = path.read_text()
         new = put_between(old, text, PAGE, name)
         if new != old:
@@ -45,6 +47,7 @@ def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> int:
         return 1
     if not check:
         digits_table.draw(rows, root / "docs" / "images" / "digits.png")
+        backbones_table.draw(timed, root / "docs" / "images" / "backbones.png")
     print(f"{', '.join(stale)} rewritten" if stale else f"{PAGE} is current")
     return 0
 
