@@ -31,6 +31,10 @@ run: $(STAMP) ## compare dense with accelerated models on the tiny models, into 
 	@$(BIN)/mmeff compare --out $(OUT) --overwrite --overwrite
 	@echo "The results are in $(OUT)/: open $(OUT)/report.html"
 
+.PHONY: demo
+demo: $(STAMP) ## open the demo on http://127.0.0.1:7860 (ARGS="--model ... --port ..."; mmeff demo --help)
+	@$(BIN)/mmeff demo $(ARGS)
+
 # Tests run in one process per core, at most four: a file at a time, so that what a file loads is loaded once. The Triton
 # kernels run in Triton's interpreter, which is a mode of a whole process, and therefore by themselves.
 PYTEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest
@@ -71,6 +75,10 @@ train-vla: $(STAMP) ## train the tiny policy of the manipulation task, resumable
 
 train-video: $(STAMP) ## train the tiny video model, resumable, into runs/tiny-video
 	$(BIN)/mmeff train tiny-video
+
+.PHONY: train-image
+train-image: $(STAMP) ## train the tiny image model, resumable, into runs/tiny-image
+	$(BIN)/mmeff train tiny-image
 
 clean: ## remove .venv, caches and built packages; runs/ and data/ stay
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

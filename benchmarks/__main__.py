@@ -1,7 +1,7 @@
 """The command line of the benchmarks, from the root of a checkout: `python -m benchmarks kernels | roofline | plot | table`
 and `video` for speed, `quality | quality-table` for what sparse attention costs, `pruning | pruning-table` and `acting |
 acting-table` for what dropping visual tokens costs, `prefill` for what that gains, `digits | digits-table` for whether the
-vision backbones learn, `backbones | backbones-table` for how fast they are.
+vision backbones learn, `backbones | backbones-table` for how fast they are, `gpu` for all that is said about GPUs.
 
 Exit codes: 0 fine, 1 an error that a message explains, 2 wrong usage, 5 a red gate: a backend is wrong, so nothing is timed.
 """
@@ -18,6 +18,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from .commands_backbones import backbones, backbones_table, digits, digits_table
+from .commands_gpu import gpu
 from .commands_pruning import acting, acting_table, prefill, pruning, pruning_table
 from .console import err_console, out_console, positive, progress, shard_of
 
@@ -367,6 +368,7 @@ for command in (
     digits_table,
     backbones,
     backbones_table,
+    gpu,
 ):
     app.command()(command)
 

@@ -25,14 +25,17 @@ class GateFailed(Exception):
 
 
 class Gate:
-    """Exact results of a workload, computed once, and the judgement of those who claim to compute the same."""
+    """Exact results of a workload, computed once, and the judgement of those who claim to compute the same.
 
-    def __init__(self, work: Workload) -> None:
-        self.work = work
+    times: of the error that plain PyTorch makes, how much is allowed.
+    """
+
+    def __init__(self, work: Workload, times: float = TIMES) -> None:
+        self.work, self.times = work, times
         self._exact = work.exact(torch.float64)
         plain = work.exact(work.dtype)
         self._allowed = {
-            name: TIMES * _largest(plain[name] - x) + FLOOR * _largest(x) for name, x in self._exact.items()
+            name: times * _largest(plain[name] - x) + FLOOR * _largest(x) for name, x in self._exact.items()
         }
 
     def errors(self, contender: Contender) -> Errors:
@@ -52,7 +55,7 @@ class Gate:
         wrong = [f"{name}: error {e:.3g}, allowed {a:.3g}" for name, (e, a) in errors.items() if not e <= a]
         if wrong:
             raise GateFailed(
-                f"red gate: {who} is wrong in {self.work.case.name}: {'; '.join(wrong)} ({TIMES:g} x the error of plain "
+                f"red gate: {who} is wrong in {self.work.case.name}: {'; '.join(wrong)} ({self.times:g} x the error of plain "
                 f"{self.work.case.dtype} attention + {FLOOR:g} of the largest value). Nothing more is timed; repair the "
                 "backend, or leave the case out with --only."
             )

@@ -158,6 +158,11 @@ def _plain(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     gqa = q.shape[1] != k.shape[1]
     if q.dtype != torch.float64:
+        if gqa and q.device.type == "cuda":
+            # grouped heads under a mask have no kernel there but the formula in float32, by which none in half precision could
+            # be judged
+            k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+            gqa = False
         if mask.dtype == torch.bool:
             mask = mask.expand(-1, q.shape[1], -1, -1)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=gqa).transpose(1, 2)
@@ -271,7 +276,8 @@ class RoutedWork(_Attention):
 
     def __init__(self, case: Routed, device: torch.device) -> None:
         super().__init__(case, device)
-        self.backends = tuple(b.name for b in routed_op.BACKENDS)
+        # the routes that are grouped become block-sparse attention, whose backend may be named as well
+        self.backends = tuple(b.name for b in (*routed_op.BACKENDS, *block_sparse_op.FORWARD))
         self.kv_block = case.kv_block
         n = -(-case.N // case.kv_block)
         scores = torch.rand(1, case.H, case.N, n, generator=self.generator, device=device)

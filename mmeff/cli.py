@@ -1,4 +1,4 @@
-"""The command line: `mmeff list | plan | compare | generate | ask | eval | report | calibrate | bench | train`.
+"""The command line: `mmeff list | plan | compare | generate | ask | eval | report | calibrate | bench | train | demo`.
 
 Every command prints for people, or with `--json` for programs. A method is named as in Python; its fields come from
 `--config file.yaml` and from `--set field=value`, which wins. Exit codes: 0 fine, 1 an error that a message explains, 2 wrong
@@ -24,6 +24,7 @@ from rich.table import Table
 import mmeff
 from mmeff.cli_bench import PASS_ON, bench, calibrate
 from mmeff.cli_calibrate import calibrate_app
+from mmeff.cli_demo import register as register_demo
 from mmeff.cli_eval import register as register_eval
 from mmeff.cli_train import MISSED, train_app
 from mmeff.config import MethodConfig, describe, normalise
@@ -41,6 +42,7 @@ app.add_typer(train_app, name="train")
 calibrate_app.command("kernels")(calibrate)
 app.add_typer(calibrate_app, name="calibrate")
 register_eval(app)
+register_demo(app)
 out_console = Console()
 err_console = Console(stderr=True)
 
@@ -53,7 +55,11 @@ class Exit(IntEnum):
 
 Model = Annotated[
     str,
-    typer.Option("--model", "-m", help="Folder, hub name, or an embedded model: tiny-video, tiny-vlm, tiny-video-vlm."),
+    typer.Option(
+        "--model",
+        "-m",
+        help="Folder, hub name, or an embedded model: tiny-video, tiny-image, tiny-vlm, tiny-video-vlm.",
+    ),
 ]
 Methods = Annotated[
     list[str] | None, typer.Option("--method", help="A method's name, as `mmeff list` shows it. May be repeated.")
@@ -191,7 +197,9 @@ def plan(
         "height": height, "width": width, "num_frames": frames, "num_inference_steps": steps, "text_tokens": text_tokens,
         "images": images, "batch": batch,
     }  # fmt: skip
-    given = {k: _video_defaults(loaded).get(k) if v is None else v for k, v in given.items()}
+    own = _video_defaults(loaded)
+    own["text_tokens"] = own.get("max_sequence_length")
+    given = {k: own.get(k) if v is None else v for k, v in given.items()}
     show(mmeff.plan(loaded.model, configs[0], **{k: v for k, v in given.items() if v is not None}), as_json)
 
 
@@ -288,8 +296,8 @@ def _inputs(
         raise ValueError("compare needs a prompt for this model; pass --prompt")
     if loaded.kind == "video":
         if pictures:
-            raise ValueError(f"{loaded.source} makes videos from text and takes no --image or --video")
-        _refuse(for_answers, f"{loaded.source}, which makes videos;")
+            raise ValueError(f"{loaded.source} makes videos or pictures from text and takes no --image or --video")
+        _refuse(for_answers, f"{loaded.source}, which makes videos or pictures;")
         return prompts, {**_video_defaults(loaded), **{k: v for k, v in for_video.items() if v is not None}}
     if not pictures:
         raise ValueError("the prompt comes without an image: visual tokens are what is pruned; pass --image or --video")
@@ -316,10 +324,10 @@ def _refuse(given: dict[str, Any], who: str) -> None:
 
 
 def _video_defaults(loaded: Any) -> dict[str, Any]:
-    """Sizes and steps that suit the embedded video model; any other model keeps its pipeline's own defaults."""
-    from mmeff.evaluation.embedded import VIDEO
+    """Sizes and steps that suit the embedded pipelines; any other model keeps its pipeline's own defaults."""
+    from mmeff.evaluation.embedded import DEFAULTS
 
-    return dict(VIDEO) if loaded.source == "tiny-video" else {}
+    return dict(DEFAULTS.get(loaded.source, {}))
 
 
 def _print_json(value: Any) -> None:
@@ -362,7 +370,12 @@ def generate(
     method: Methods = None,
     config: Config = None,
     set_: Settings = None,
-    out: Annotated[Path, typer.Option("--out", "-o", help="The mp4 to write.")] = Path("video.mp4"),
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out", "-o", help="The mp4 to write, or png of a picture.  [default: video.mp4, or picture.png]"
+        ),
+    ] = None,
     height: Annotated[int | None, typer.Option(help="Pixels.")] = None,
     width: Annotated[int | None, typer.Option(help="Pixels.")] = None,
     frames: Annotated[int | None, typer.Option(help="Frames of the video.")] = None,
@@ -376,7 +389,7 @@ def generate(
     dtype: Dtype = "auto",
     as_json: AsJson = False,
 ) -> None:
-    """Generate one video, dense or with --method, and print what ran."""
+    """Generate one video or picture, dense or with --method, and print what ran."""
     from mmeff.pipelines import VideoGenerator
     from mmeff.pipelines.recipe import check_out
 
@@ -385,7 +398,8 @@ def generate(
     configs = chosen(method, config, set_, "radial") if method or config else []
     if set_ and not configs:
         raise ValueError("--set has no method to apply to; pass --method or --config")
-    check_out(out)  # a path that cannot be written must not cost a model load
+    if out is not None:
+        check_out(out)  # a path that cannot be written must not cost a model load
     given = {
         "height": height,
         "width": width,
@@ -395,13 +409,15 @@ def generate(
     }
     with VideoGenerator(model, configs, device=device, dtype=dtype) as generator:
         call = {k: v for k, v in given.items() if v is not None}
+        what = "picture" if generator.makes_pictures else "video"
+        out = out or Path("picture.png" if generator.makes_pictures else "video.mp4")
         clip = generator.generate(prompt, seed=seed, fps=fps, out=out, **call)
     if as_json:
-        _print_json({"video": out, "reports": [r.to_dict() for r in clip.reports]})
+        _print_json({what: out, "reports": [r.to_dict() for r in clip.reports]})
     else:
         for report in clip.reports:
             print(report)
-        print(f"video: {out}")
+        print(f"{what}: {out}")
 
 
 @app.command()

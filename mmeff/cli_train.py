@@ -1,7 +1,7 @@
 """`mmeff train`: fine-tune a video pipeline under a sparse method, and train the embedded tiny models again.
 
 `video` is for your own model and clips. `tiny-long` and `tiny-vmoba` show the same on the tiny model and measure what they
-claim; `tiny-vlm`, `tiny-video-vlm`, `tiny-vla` and `tiny-video` make the models that the library carries and judge them by
+claim; `tiny-vlm`, `tiny-video-vlm`, `tiny-vla`, `tiny-video` and `tiny-image` make the models that the library carries and judge them by
 their gates. `cacovid` trains the policy of a pruning method on one of them.
 """
 
@@ -308,6 +308,31 @@ def train_tiny_video(
     export_video(student, out)
     gate = gates.video_gate(out, say=print)
     gates.seal_video(out, recipe, gate)
+    _gate_exit(gate, out)
+
+
+@train_app.command("tiny-image")
+def train_tiny_image(
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the finished model.")] = Path("runs/tiny-image"),
+    work: Work = Path("runs/train-tiny-image"),
+    half_steps: Annotated[int | None, typer.Option(help="Steps on pictures of half the size.")] = None,
+    full_steps: Annotated[int | None, typer.Option(help="Steps on pictures of full size.")] = None,
+    seed: Seed = 1,
+) -> None:
+    """Train the tiny Flux model, run its acceptance gate, write the pipeline folder with its card."""
+    from mmeff.training import logged, reexec_with_cpu_environment
+
+    reexec_with_cpu_environment()
+    from mmeff.evaluation import gates_image
+    from mmeff.tiny import train_image
+    from mmeff.tiny.export import export_image
+
+    budget: dict[str, Any] = {"half_steps": half_steps, "full_steps": full_steps}
+    recipe = replace(train_image.ImageRecipe(seed=seed), **{k: v for k, v in budget.items() if v is not None})
+    student = train_image.train(recipe, work, progress=_print_step)
+    export_image(student, out)
+    gate = gates_image.image_gate(out, say=print)
+    gates_image.seal_image(out, recipe, gate, logged(work))
     _gate_exit(gate, out)
 
 

@@ -108,6 +108,28 @@ def test_generate_writes_an_mp4_and_says_what_ran(mmeff_cli, tmp_path):
     assert read(out_file).frames.shape[0] == 17
 
 
+def test_generate_a_picture(mmeff_cli, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = mmeff_cli(
+        "generate",
+        "a red square in the top left",
+        "-m",
+        "tiny-image",
+        "--steps",
+        "2",
+        "--method",
+        "gna",
+        "--set",
+        "window=[1,8,8]",
+    )
+    assert code == 0, err
+    assert "picture: picture.png" in out and (tmp_path / "picture.yaml").is_file()
+    from PIL import Image
+
+    with Image.open(tmp_path / "picture.png") as picture:
+        assert picture.size == (48, 48)
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [
@@ -137,6 +159,10 @@ def test_generate_writes_an_mp4_and_says_what_ran(mmeff_cli, tmp_path):
         (["ask", "what ?", "-i", PICTURE, "-m", "tiny-video"], "answers no questions"),
         (["generate", " "], "a prompt that is not empty"),
         (["generate", "a cat", "-m", "tiny-vlm"], "makes no videos"),
+        (["generate", "a cat", "-m", "tiny-image", "--frames", "9"], "FluxPipeline has no setting 'num_frames'"),
+        (["generate", "a cat", "-m", "tiny-video", "-o", "a.png"], "WanPipeline makes videos"),
+        (["compare", "-m", "tiny-image", "--method", "gna", "-p", "a", "--guidance", "3"], "no guidance embedding"),
+        (["compare", "-m", "tiny-image", "--method", "gna", "-p", "a", "--frames", "9"], "num_frames must be 1"),
         (["generate", "a cat", "-o", "/no/such/folder/v.mp4"], "/no/such/folder is missing or not writable"),
         (["compare", "-m", "tiny-vlm", "--method", "fastv", "-p", "what ?"], "without an image"),
         (["compare", "-m", "tiny-video", "--method", "radial"], "needs a prompt"),

@@ -9,7 +9,7 @@ import torch
 
 from mmeff import tiny
 from mmeff.errors import UnsupportedModel
-from mmeff.pipelines.loading import load
+from mmeff.pipelines.loading import load, makes_pictures
 
 DATA = tiny.data_folder()
 
@@ -27,7 +27,13 @@ def test_a_wan_folder():
     assert loaded.model.transformer.patch_embedding._forward_hooks, "the position table belongs to this folder"
 
 
-@pytest.mark.parametrize("name", ["tiny-vlm", "tiny-video"])
+def test_a_flux_folder():
+    loaded = load(str(DATA / "tiny-image"), device="cpu")
+    assert (loaded.kind, type(loaded.model).__name__) == ("video", "FluxPipeline")
+    assert makes_pictures(loaded.model) and not makes_pictures(load("tiny-video", device="cpu").model)
+
+
+@pytest.mark.parametrize("name", ["tiny-vlm", "tiny-video", "tiny-image"])
 def test_dtype_is_honoured_for_embedded_models_too(name):
     model = load(name, device="cpu", dtype="bfloat16").model
     assert (model if name == "tiny-vlm" else model.transformer).dtype == torch.bfloat16
@@ -39,7 +45,7 @@ def test_an_embedded_model_says_what_it_is():
 
 @pytest.mark.parametrize("name", ["missing", "./missing", "/missing/folder", "a/b/c"])
 def test_nothing_there(name):
-    with pytest.raises(FileNotFoundError, match="embedded models: tiny-video, tiny-vlm"):
+    with pytest.raises(FileNotFoundError, match="embedded models: tiny-video, tiny-vlm, tiny-video-vlm, tiny-image"):
         load(name)
 
 

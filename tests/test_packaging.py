@@ -108,6 +108,10 @@ def small_copy(tmp_path):
         "data/tiny-vlm/model.safetensors",
         "data/tiny-video/transformer/config.json",
         "data/samples/clip.mp4",
+        "demos/app.py",
+        "demos/static/demo.js",
+        "benchmarks/results/cpu.jsonl",
+        "benchmarks/runner.py",
         "tests/test_x.py",
         "runs/first/results.json",
         "data/samples/__pycache__/x.pyc",
@@ -142,6 +146,9 @@ def test_wheel_carries_data_and_sources(small_copy, through_sdist):
         "mmeff/data/tiny-vlm/model.safetensors",
         "mmeff/data/tiny-video/transformer/config.json",
         "mmeff/data/samples/clip.mp4",
+        "mmeff/demos/app.py",
+        "mmeff/demos/static/demo.js",
+        "mmeff/demos/rows/cpu.jsonl",
     }
 
 

@@ -1,13 +1,16 @@
-"""Compare video generations: the same prompt and noise dense and sparse, with PSNR and SSIM to dense and the time of each part."""
+"""Compare generated videos or pictures: the same prompt and noise dense and sparse, with PSNR and SSIM to dense and the time of
+each part. A picture is a video of one frame, and is written as one."""
 
 from __future__ import annotations
 
+import inspect
 import time
 from collections.abc import Sequence
 from typing import Any, cast
 
 import numpy as np
 import torch
+from PIL import Image
 
 import mmeff
 from mmeff.config import MethodConfig
@@ -18,7 +21,9 @@ from mmeff.evaluation.page import Figure, Listing, Section, Table, Videos
 from mmeff.evaluation.pictures import density_map, side_by_side, strip, time_split
 from mmeff.evaluation.run_folder import RunFolder
 from mmeff.handle import describe_model, model_note
+from mmeff.pipelines.loading import makes_pictures
 from mmeff.report import Report
+from mmeff.video_io import to_uint8
 
 
 def compare_video(
@@ -28,9 +33,9 @@ def compare_video(
     *,
     height: int = 480,
     width: int = 832,
-    num_frames: int = 81,
+    num_frames: int | None = None,
     num_inference_steps: int = 50,
-    guidance_scale: float = 5.0,
+    guidance_scale: float | None = None,
     negative_prompt: str | None = None,
     max_sequence_length: int = 512,
     seed: int = 0,
@@ -44,26 +49,36 @@ def compare_video(
     Args:
         methods: configs of stage diffusion_attn.
         prompts: one or more texts; prompt i uses noise seed `seed + i` in every variant.
-        height, width: pixels. num_frames: frames of the video. num_inference_steps: denoising steps.
-        guidance_scale, negative_prompt, max_sequence_length: as the pipeline takes them.
+        height, width: pixels. num_frames: frames of a video, 81 by default; a pipeline of pictures makes one and takes no other
+            number. num_inference_steps: denoising steps.
+        guidance_scale, negative_prompt, max_sequence_length: as the pipeline takes them; a video has guidance 5 by default, a
+            picture the pipeline's own.
         fps: of the written mp4s. warm_up: run one short generation per variant first, untimed.
         folder: where videos and pictures go; None writes nothing.
     Returns:
         the comparison; times are whole `pipeline(...)` calls, medians over prompts, variants in alternating order.
     Raises:
-        ValueError: no prompt, or an empty one.
+        ValueError: no prompt, or an empty one; frames or a guidance that the pipeline would not honour.
     """
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
     if not texts or not all(isinstance(t, str) and t.strip() for t in texts):
         raise ValueError(f"compare needs at least one prompt, none empty, got {prompts!r}")
-    sizes = {"height": height, "width": width, "num_frames": num_frames, "num_inference_steps": num_inference_steps}
-    call: dict[str, Any] = {**sizes, "guidance_scale": guidance_scale, "max_sequence_length": max_sequence_length}
-    if negative_prompt is not None:
-        call["negative_prompt"] = negative_prompt
+    pictures = makes_pictures(pipeline)
+    sizes = {"height": height, "width": width, "num_inference_steps": num_inference_steps}
+    if pictures:
+        _check_picture(pipeline, num_frames, guidance_scale, negative_prompt)
+        asked = {**sizes, "text_tokens": max_sequence_length}  # the text is part of the attention that is planned
+    else:
+        sizes["num_frames"] = 81 if num_frames is None else num_frames
+        guidance_scale = 5.0 if guidance_scale is None else guidance_scale
+        asked = sizes
+    optional = {"guidance_scale": guidance_scale, "negative_prompt": negative_prompt}
+    call: dict[str, Any] = {**sizes, "max_sequence_length": max_sequence_length}
+    call |= {name: value for name, value in optional.items() if value is not None}
     names = ["dense", *variant_names(methods)]
     # The dense run carries a disabled handle, so that its steps are timed by the same hooks.
     configs = dict(zip(names, [methods[0], *methods], strict=True))
-    plans = {name: mmeff.plan(pipeline, configs[name], **sizes) for name in names[1:]}
+    plans = {name: mmeff.plan(pipeline, configs[name], **asked) for name in names[1:]}
     total, done = len(texts) * len(names), 0
 
     def run(
@@ -73,11 +88,11 @@ def compare_video(
             handle.enabled = name != "dense"
             generator = torch.Generator(device="cpu").manual_seed(noise)
             began = time.perf_counter()
-            frames = pipeline(text, **{**call, **changes}, generator=generator, output_type="np").frames
+            output = pipeline(text, **{**call, **changes}, generator=generator, output_type="np")
             seconds = time.perf_counter() - began
             report = handle.report()
             handle.enabled = False  # a method that never acted is reported as such by the comparison, not raised here
-        return frames[0], seconds, report
+        return (output.images if pictures else output.frames[0]), seconds, report
 
     if warm_up:
         for name in names:
@@ -100,10 +115,10 @@ def compare_video(
     rows = tuple(_row(name, measured[name]) for name in names)
     sections: tuple[Section, ...] = ()
     if folder is not None:
-        sections = _pages(folder, texts, names, videos, measured, reports, plans, fps, num_frames, pipeline)
+        sections = _pages(folder, texts, names, videos, measured, reports, plans, fps, pictures, pipeline)
     best = min(names[1:], key=lambda n: measured[n]["latency"].median)
     return Comparison(
-        kind="video",
+        kind="image" if pictures else "video",
         model=describe_model(pipeline),
         note=model_note(pipeline),
         columns=COLUMNS,
@@ -116,6 +131,26 @@ def compare_video(
             (str(measured[best]["psnr"]), f"{best}: PSNR to dense, same seed"),
         ),
     )
+
+
+def _check_picture(
+    pipeline: Any, num_frames: int | None, guidance_scale: float | None, negative_prompt: str | None
+) -> None:
+    """Raise ValueError for settings that a pipeline of pictures would not honour."""
+    who = type(pipeline).__name__
+    if num_frames not in (None, 1):
+        raise ValueError(f"{who} makes pictures, so num_frames must be 1 or left out, got {num_frames}")
+    denoiser = getattr(pipeline, "transformer", None)
+    if guidance_scale is not None and getattr(getattr(denoiser, "config", None), "guidance_embeds", None) is False:
+        raise ValueError(
+            f"this {who} has no guidance embedding, so guidance_scale={guidance_scale} would change nothing; leave it out"
+        )
+    true_scale = inspect.signature(pipeline.__call__).parameters.get("true_cfg_scale")
+    if negative_prompt is not None and true_scale is not None and true_scale.default <= 1:
+        raise ValueError(
+            f"{who} reads a negative prompt only with true_cfg_scale > 1, which a comparison leaves at "
+            f"{true_scale.default}; leave negative_prompt out"
+        )
 
 
 COLUMNS = ("variant", "median s", "speedup", "predicted", "density", "PSNR dB", "bg-corrected", "SSIM", "bg shift")
@@ -160,11 +195,18 @@ def _row(name: str, figures: dict[str, Any]) -> tuple[Any, ...]:
 
 def _pages(
     folder: RunFolder, texts: list[str], names: list[str], videos: dict[str, list[Any]], measured: dict[str, Any],
-    reports: dict[str, Report], plans: dict[str, Any], fps: float, num_frames: int, pipeline: Any,
+    reports: dict[str, Report], plans: dict[str, Any], fps: float, pictures: bool, pipeline: Any,
 ) -> tuple[Section, ...]:  # fmt: skip
-    """Write mp4s and pictures, and describe them."""
+    """Write mp4s, or PNGs of pictures, and describe them."""
     players, strips = [], []
     for i, text in enumerate(texts):
+        if pictures:
+            for name in names:
+                folder.write_image(f"pictures/{i}-{slug(name)}.png", Image.fromarray(to_uint8(videos[name][i])[0]))
+            for name in names[1:]:
+                pair = side_by_side(videos["dense"][i], videos[name][i], ("dense", name))
+                strips.append(_pair(folder, f"pictures/{i}-dense-and-{slug(name)}.png", pair, text, name))
+            continue
         paths = [folder.write_video(f"videos/{i}-{slug(name)}.mp4", videos[name][i], fps) for name in names]
         for name in names[1:]:
             pair = side_by_side(videos["dense"][i], videos[name][i], ("dense", name))
@@ -190,9 +232,9 @@ def _pages(
     figures.append(Figure(image=picture, alt="Seconds in dense and sparse denoising steps per variant"))
     return (
         Section(
-            heading="Video: dense and sparse from the same noise",
-            paragraphs=[f"{describe_model(pipeline)}. Times are whole generations; predicted speedup counts operations of the "
-                        "transformer and is no measurement. PSNR and SSIM compare with the dense video of the same seed."],
+            heading=f"{'Pictures' if pictures else 'Video'}: dense and sparse from the same noise",
+            paragraphs=[f"{describe_model(pipeline)}. Times are whole generations; predicted speedup counts operations of the transformer "
+                        f"and is no measurement. PSNR and SSIM compare with the dense {'picture' if pictures else 'video'} of the same seed."],
             tables=[Table(columns=COLUMNS, rows=[_row(n, measured[n]) for n in names],
                           note="bg-corrected: PSNR after removing the shift of the background colour; bg shift: that shift, in [0, 1].")],
             videos=players,
@@ -201,6 +243,13 @@ def _pages(
             + [Listing(title=f"The plan before the run: {n}", text=str(plans[n])) for n in names[1:]],
         ),
     )  # fmt: skip
+
+
+def _pair(folder: RunFolder, name: str, pair: np.ndarray, text: str, variant: str) -> Figure:
+    """Write two pictures side by side, and describe them."""
+    sheet = Image.fromarray(pair[0])
+    folder.write_image(name, sheet)
+    return Figure(image=sheet, alt=f"“{text}”, dense and {variant}", caption=f"“{text}”, same noise")
 
 
 def _frames(plan: Any) -> int | None:

@@ -25,7 +25,7 @@ from mmeff.evaluation.questions import ask_scenes
 from mmeff.evaluation.run_folder import RunFolder
 from mmeff.kernels import block_sparse_attention, record
 from mmeff.registry import build
-from mmeff.tiny import clips, train_vlm, vlm_model
+from mmeff.tiny import clips, stills, train_vlm, vlm_model
 from mmeff.video_io import read_image
 
 PROMPTS = (
@@ -38,6 +38,10 @@ VIDEO: dict[str, Any] = {
     "height": clips.SIZE, "width": clips.SIZE, "num_frames": clips.FRAMES, "num_inference_steps": 20,
     "guidance_scale": 2.0, "max_sequence_length": 16,
 }  # fmt: skip
+IMAGE: dict[str, Any] = {
+    "height": stills.SIZE, "width": stills.SIZE, "num_inference_steps": 20, "max_sequence_length": 16
+}  # fmt: skip
+DEFAULTS = {"tiny-video": VIDEO, "tiny-image": IMAGE}  # settings of the pipeline call, by embedded model
 KEEPS = (0.5, 0.25, 0.125, 0.0625)
 CURVE_SEED = 15_000  # a split of the generated scenes that no gate looks at
 

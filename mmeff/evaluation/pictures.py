@@ -292,7 +292,7 @@ def density_map(
     mask, note = _block_mask(layout_or_mask, head)
     nQ, nK = mask.shape
     with chart(4.8, 4.8 * min(max(nQ / nK, 0.35), 1.6) + 0.4) as (figure, axes):
-        shades = _shades()
+        shades = density_shades()
         picture = axes.imshow(mask, cmap=shades, vmin=0, vmax=1, interpolation="nearest", aspect="auto")
         axes.set_xlabel("key block")
         axes.set_ylabel("query block")
@@ -454,7 +454,8 @@ def _shortened(label: str, limit: int = 34) -> str:
     return label if len(label) <= limit else label[: limit - 1] + "…"
 
 
-def _shades() -> Any:
+def density_shades() -> Any:
+    """The colours of densities from 0 to 1."""
     from matplotlib.colors import LinearSegmentedColormap
 
     return LinearSegmentedColormap.from_list("density", ["#f3f5f8", "#a9cde6", COLOURS[0], "#0a3f66"])

@@ -5,6 +5,7 @@ Weights are safetensors, nothing is unpickled, and no code from a repository run
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -12,12 +13,13 @@ from typing import Any, Literal
 from mmeff.errors import UnsupportedModel
 
 Kind = Literal["video", "vlm"]
-EMBEDDED: dict[str, Kind] = {"tiny-video": "video", "tiny-vlm": "vlm", "tiny-video-vlm": "vlm"}
+EMBEDDED: dict[str, Kind] = {"tiny-video": "video", "tiny-vlm": "vlm", "tiny-video-vlm": "vlm", "tiny-image": "video"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Loaded:
-    """A model ready to use. `kind` is "video" for a diffusers pipeline, "vlm" for a transformers model with a processor."""
+    """A model ready to use. `kind` is "video" for a diffusers pipeline, also of pictures, "vlm" for a transformers model with a
+    processor."""
 
     kind: Kind
     model: Any
@@ -32,7 +34,7 @@ class Loaded:
 
 
 def load(source: str, *, device: str = "auto", dtype: str = "auto") -> Loaded:
-    """Load `tiny-video`, `tiny-vlm`, `tiny-video-vlm`, a local folder, or a hub name.
+    """Load `tiny-video`, `tiny-image`, `tiny-vlm`, `tiny-video-vlm`, a local folder, or a hub name.
 
     Args:
         source: where the model is.
@@ -50,14 +52,16 @@ def load(source: str, *, device: str = "auto", dtype: str = "auto") -> Loaded:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     chosen = _dtype(dtype, device)
     if source in EMBEDDED:
-        if EMBEDDED[source] == "video":
-            pipeline = tiny.video_pipeline(device=device).to(chosen)
-            return Loaded(kind="video", model=pipeline, source=source, note=tiny.NOTE)
         if not (tiny.data_folder() / source).is_dir():
             raise FileNotFoundError(
                 f"{source} has no weights at {tiny.data_folder() / source}; `mmeff train {source} --out {tiny.data_folder() / source}` "
                 "makes them"
             )
+        if EMBEDDED[source] == "video":
+            pipeline = (tiny.video_pipeline if source == "tiny-video" else tiny.image_pipeline)(device=device).to(
+                chosen
+            )
+            return Loaded(kind="video", model=pipeline, source=source, note=tiny.NOTE)
         model, processor = (tiny.vlm if source == "tiny-vlm" else tiny.video_vlm)(device=device)
         return Loaded(kind="vlm", model=model.to(chosen), processor=processor, source=source, note=tiny.NOTE)
     kind = _kind(source)
@@ -89,6 +93,11 @@ def load(source: str, *, device: str = "auto", dtype: str = "auto") -> Loaded:
         processor=AutoProcessor.from_pretrained(source, trust_remote_code=False),
         source=source,
     )
+
+
+def makes_pictures(pipeline: Any) -> bool:
+    """Whether a pipeline makes pictures: its call takes no number of frames."""
+    return "num_frames" not in inspect.signature(pipeline.__call__).parameters
 
 
 def _dtype(name: str, device: str) -> Any:

@@ -3,7 +3,8 @@
     clip.save("cat.mp4")          # cat.mp4 holds the recipe as metadata; cat.yaml, and cat.png of an image, lie beside it
     again = repeat("cat.yaml")    # or repeat("cat.mp4")
 
-The mp4 alone tells what it is wherever it is copied to; the YAML is for reading and editing.
+The mp4 alone tells what it is wherever it is copied to; the YAML is for reading and editing. A picture is saved as a PNG in
+the same way.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 KIND = "generate"
+PICTURE = ".png"  # the suffix of a clip of one frame that is saved as what it is
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,13 +79,13 @@ class Recipe:
 
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> Recipe:
-        """The recipe of a clip, from its YAML or from the metadata of the video itself.
+        """The recipe of a clip, from its YAML or from the metadata of the video or picture itself.
 
         Raises:
             FileNotFoundError: no such file. MediaError: a video that holds no recipe. ValueError, TypeError: as `from_dict`.
         """
         path = Path(path)
-        if path.suffix.lower() in CONTAINERS:
+        if path.suffix.lower() in (*CONTAINERS, PICTURE):
             return cls.from_dict(_embedded(path), f"the metadata of {path}")
         from mmeff.registry import read_yaml
 
@@ -91,15 +93,17 @@ class Recipe:
 
 
 def check_out(path: str | os.PathLike[str]) -> Path:
-    """The path of a video that can be written, checked before anything is generated.
+    """The path of a video or a picture that can be written, checked before anything is generated.
 
     Raises:
-        ValueError: another suffix than .mp4, .mov or .mkv. IsADirectoryError, PermissionError: a folder that is missing or
+        ValueError: another suffix than .mp4, .mov, .mkv or .png. IsADirectoryError, PermissionError: a folder that is missing or
             cannot be written to.
     """
     path = Path(path)
-    if path.suffix.lower() not in CONTAINERS:
-        raise ValueError(f"cannot write {path}: a video's name must end in {', '.join(CONTAINERS)}")
+    if path.suffix.lower() not in (*CONTAINERS, PICTURE):
+        raise ValueError(
+            f"cannot write {path}: a video's name must end in {', '.join(CONTAINERS)}, a picture's in {PICTURE}"
+        )
     if path.is_dir():
         raise IsADirectoryError(f"cannot write {path}: it is a folder; name a file in it")
     if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
@@ -108,19 +112,39 @@ def check_out(path: str | os.PathLike[str]) -> Path:
 
 
 def save(path: Path, frames: Any, recipe: dict[str, Any], image: Image | None) -> None:
-    """Write the video with its recipe inside, the YAML, and the image that it started from."""
+    """Write the video or the picture with its recipe inside, the YAML, and the image that it started from."""
     import yaml
 
+    still = path.suffix.lower() == PICTURE
     if image is not None:
-        picture = path.with_suffix(".png")
+        picture = path.with_name(f"{path.stem}-input.png") if still else path.with_suffix(".png")
         with replacing(picture) as partial:
             image.save(partial)
         recipe = {**recipe, "image": picture.name}
-    with replacing(path) as partial, TemporaryDirectory() as folder:
-        plain = write(Path(folder) / "plain.mp4", frames, fps=recipe["fps"])
-        _embed(plain, partial, {"title": recipe["prompt"], "comment": json.dumps(recipe, ensure_ascii=False)})
+    metadata = {"title": recipe["prompt"], "comment": json.dumps(recipe, ensure_ascii=False)}
+    if still:
+        _write_picture(path, frames, metadata)
+    else:
+        with replacing(path) as partial, TemporaryDirectory() as folder:
+            _embed(write(Path(folder) / "plain.mp4", frames, fps=recipe["fps"]), partial, metadata)
     with replacing(path.with_suffix(".yaml")) as partial:
         partial.write_text(yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True, width=120), "utf-8")
+
+
+def _write_picture(path: Path, frames: Any, metadata: Mapping[str, str]) -> None:
+    """Write the one frame of a clip as a PNG with text chunks. Raises: ValueError: there are more frames."""
+    from PIL import Image
+    from PIL.PngImagePlugin import PngInfo
+
+    if len(frames) != 1:
+        raise ValueError(
+            f"cannot write {path}: a clip of {len(frames)} frames is a video, whose name must end in {', '.join(CONTAINERS)}"
+        )
+    chunks = PngInfo()
+    for name, text in metadata.items():
+        chunks.add_itxt(name, text)
+    with replacing(path) as partial:
+        Image.fromarray(frames[0]).save(partial, pnginfo=chunks)
 
 
 def _embed(plain: Path, path: Path, metadata: Mapping[str, str]) -> None:
@@ -140,14 +164,19 @@ def _embed(plain: Path, path: Path, metadata: Mapping[str, str]) -> None:
 
 
 def _embedded(path: Path) -> Mapping[str, Any]:
-    """The recipe in a video's metadata."""
+    """The recipe in the metadata of a video or a picture."""
     import av
+    from PIL import Image
 
     if not path.is_file():
         raise FileNotFoundError(f"no video at {path}")
     try:
-        with av.open(str(path)) as container:
-            tags = {name.lower(): text for name, text in container.metadata.items()}  # mkv spells them in capitals
+        if path.suffix.lower() == PICTURE:
+            with Image.open(path) as picture:
+                tags = {name: str(text) for name, text in picture.info.items()}
+        else:
+            with av.open(str(path)) as container:
+                tags = {name.lower(): text for name, text in container.metadata.items()}  # mkv spells them in capitals
     except (av.FFmpegError, OSError) as error:
         raise MediaError(f"{path} cannot be read: {error}") from error
     try:
@@ -155,7 +184,7 @@ def _embedded(path: Path) -> Mapping[str, Any]:
     except ValueError:
         values = None
     if not isinstance(values, Mapping):
-        raise MediaError(f"{path} holds no recipe; only videos that VideoGenerator saved do")
+        raise MediaError(f"{path} holds no recipe; only videos and pictures that VideoGenerator saved do")
     return values
 
 

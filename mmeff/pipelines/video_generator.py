@@ -1,4 +1,4 @@
-"""Videos from a diffusers pipeline, stock or accelerated, each with everything that is needed to make it again.
+"""Videos, or pictures, from a diffusers pipeline, stock or accelerated, each with everything that is needed to make it again.
 
     with VideoGenerator("tiny-video", Radial(block=6, dense_steps=5)) as generator:
         clip = generator.generate("a red square moving left", seed=3)
@@ -25,8 +25,8 @@ import torch
 from mmeff.evaluation.comparison import Tick, silent
 from mmeff.handle import model_note
 from mmeff.pipelines._wrapper import Cancel, Cancelled, Wrapper, check_names, check_prompts, picture, resolved, taken
-from mmeff.pipelines.loading import Kind
-from mmeff.pipelines.recipe import Recipe, check_out, save
+from mmeff.pipelines.loading import EMBEDDED, Kind, makes_pictures
+from mmeff.pipelines.recipe import PICTURE, Recipe, check_out, save
 from mmeff.report import Report
 from mmeff.video_io import to_uint8
 
@@ -77,7 +77,7 @@ class Clip:
         """Write the video with its recipe as metadata; beside it the recipe as YAML, and the image as PNG if there is one.
 
         Args:
-            path: ends in .mp4, .mov or .mkv. Files of these names are replaced, each whole or not at all.
+            path: ends in .mp4, .mov or .mkv, or in .png for a clip of one frame. Files of these names are replaced, each whole or not at all.
         Raises:
             ValueError, OSError: as `check_out`.
         """
@@ -101,7 +101,7 @@ class VideoGenerator(Wrapper):
     """A diffusers pipeline with methods on it.
 
     Args:
-        model: "tiny-video", a folder, a hub name, or a pipeline that is loaded already.
+        model: "tiny-video", "tiny-image", a folder, a hub name, or a pipeline that is loaded already.
         methods: what `use` takes; several are stacked. To compare methods, call `mmeff.compare`.
         device, dtype: of a model that is loaded by name, as `mmeff.pipelines.loading.load`.
         offload: "none"; "model" keeps one component on the GPU at a time, "sequential" one layer; "group" a group of layers.
@@ -146,6 +146,11 @@ class VideoGenerator(Wrapper):
         """The stock pipeline."""
         return self._open().model
 
+    @property
+    def makes_pictures(self) -> bool:
+        """Whether the pipeline makes pictures, which are clips of one frame."""
+        return makes_pictures(self.pipe)
+
     @overload
     def generate(self, prompt: str, **call: Any) -> Clip: ...
     @overload
@@ -184,6 +189,11 @@ class VideoGenerator(Wrapper):
         outs = [None if path is None else check_out(path) for path in _each("out", out, len(texts))]
         if len({path for path in outs if path}) < len([path for path in outs if path]):
             raise ValueError("out names the same file twice; every clip needs its own")
+        stills = [path for path in outs if path and path.suffix.lower() == PICTURE]
+        if stills and not self.makes_pictures:
+            raise ValueError(
+                f"cannot write {stills[0]}: {type(self.pipe).__name__} makes videos; name it .mp4, .mov or .mkv"
+            )
         call, rate = self._settings(settings, fps)
         images = self._images(image, len(texts))
         size = _batch_size(batch_size, len(texts), with_image=image is not None)
@@ -285,14 +295,15 @@ class VideoGenerator(Wrapper):
 
     def _images(self, image: Any, count: int) -> list[Image | None]:
         who, parameter = type(self.pipe).__name__, inspect.signature(self.pipe.__call__).parameters.get("image")
+        what = "pictures" if self.makes_pictures else "videos"
         if image is None:
             if parameter is not None and parameter.default is parameter.empty:
-                raise TypeError(f"{who} makes videos from an image and a text; pass image=")
+                raise TypeError(f"{who} makes {what} from an image and a text; pass image=")
             return [None] * count
         if parameter is None:
             raise TypeError(
-                f"{who} makes videos from text and takes no image; load an image-to-video pipeline, such as "
-                "WanImageToVideoPipeline, and pass it"
+                f"{who} makes {what} from text and takes no image; load a pipeline that takes one, such as "
+                f"{'FluxImg2ImgPipeline' if self.makes_pictures else 'WanImageToVideoPipeline'}, and pass it"
             )
         if isinstance(image, list | tuple):
             return [picture(one, f"image {i}") for i, one in enumerate(_each("image", image, count))]
@@ -405,11 +416,11 @@ def _is_plain(value: Any) -> bool:
 
 def _embedded_defaults(source: str) -> dict[str, Any]:
     """Sizes and steps that suit the embedded model; the defaults of its stock pipeline are those of a large one."""
-    if source != "tiny-video":
+    if source not in EMBEDDED:
         return {}
-    from mmeff.evaluation.embedded import VIDEO
+    from mmeff.evaluation.embedded import DEFAULTS
 
-    return dict(VIDEO)
+    return dict(DEFAULTS.get(source, {}))
 
 
 def _check_offload(offload: str, options: Mapping[str, Any] | None, device: str) -> None:

@@ -67,7 +67,7 @@ class VisionLanguageModel(Wrapper):
     """
 
     kind: ClassVar[Kind] = "vlm"
-    mistaken = "is a video pipeline and answers no questions; use VideoGenerator, or `mmeff generate`"
+    mistaken = "is a pipeline of videos or pictures and answers no questions; use VideoGenerator, or `mmeff generate`"
 
     def __init__(
         self, model: Any, methods: Any = None, *, processor: Any = None, device: str | None = None, dtype: str | None = None

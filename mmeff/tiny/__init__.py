@@ -1,6 +1,6 @@
 """Small models trained in this project on generated scenes, so that quality can be measured without any download.
 
-They are stock classes: LLaVA models for pictures, for clips and for actions with their processors, and a Wan pipeline. Their
+They are stock classes: LLaVA models for pictures, for clips and for actions with their processors, a Wan and a Flux pipeline. Their
 weights lie in `data/` of the repository and inside the wheel. They validate code and cost curves; they never say which method is better on a real model.
 """
 
@@ -87,6 +87,26 @@ def load_video(folder: str | Path, *, device: str = "cpu") -> Any:
         raise FileNotFoundError(
             f"{folder} holds no transformer/position_table.safetensors; it is not a tiny video model"
         )
+    pipeline.mmeff_note = NOTE
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline.to(device)
+
+
+def image_pipeline(*, device: str = "cpu") -> Any:
+    """The embedded `FluxPipeline` in float32: pictures of 48 x 48 pixels from prompts such as "a red square in the top left".
+
+    Args:
+        device: where to put the pipeline.
+    """
+    return load_image(data_folder() / "tiny-image", device=device)
+
+
+def load_image(folder: str | Path, *, device: str = "cpu") -> Any:
+    """A tiny image pipeline from its folder; see `image_pipeline`."""
+    import torch
+    from diffusers import FluxPipeline
+
+    pipeline = FluxPipeline.from_pretrained(folder, dtype=torch.float32)
     pipeline.mmeff_note = NOTE
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device)

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from mmeff.tiny import codec, video_model, video_vlm_model, vla_model, vlm_model
+from mmeff.tiny import codec, image_model, video_model, video_vlm_model, vla_model, vlm_model
 
 LIMIT = 5 * 2**20  # bytes a committed model may have
 HASHES = "SHA256SUMS"
@@ -60,6 +60,20 @@ def export_video(student: Any, folder: str | Path) -> Path:
         )
         pipeline.save_pretrained(draft, safe_serialization=True)
         video_model.save_table(draft, student.table().detach())
+
+    return _replace(Path(folder), write)
+
+
+def export_image(student: Any, folder: str | Path) -> Path:
+    """Save a trained student as a `FluxPipeline` folder; float16 on disk."""
+
+    def write(draft: Path) -> None:
+        net = image_model.transformer()
+        net.load_state_dict(student.net.state_dict())
+        pipeline = image_model.pipeline(net)
+        for part in (net, pipeline.vae, pipeline.text_encoder, pipeline.text_encoder_2):
+            torch.nn.Module.half(part)
+        pipeline.save_pretrained(draft, safe_serialization=True)
 
     return _replace(Path(folder), write)
 

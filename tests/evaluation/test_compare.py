@@ -9,10 +9,10 @@ from PIL import Image
 
 import mmeff
 from mmeff import tiny
-from mmeff.diffusion_attn import Radial
+from mmeff.diffusion_attn import GNA, Radial
 from mmeff.evaluation.compare import resolve
 from mmeff.evaluation.comparison import variant_names
-from mmeff.evaluation.embedded import VIDEO, sample_questions
+from mmeff.evaluation.embedded import IMAGE, VIDEO, sample_questions
 from mmeff.pruning import FastV
 
 SMALL = {**VIDEO, "num_inference_steps": 3}
@@ -59,6 +59,39 @@ def test_video_folder_is_complete(video):
 def test_the_table_prints(video):
     text = str(video[0])
     assert "dense" in text and "accelerated nothing" in text
+
+
+def test_pictures(tmp_path):
+    """A pipeline of pictures: the same figures, PNGs in place of mp4s, the text's tokens in the plan."""
+    pipeline, gna = tiny.image_pipeline(), GNA(window=(1, 12, 12), tile=(1, 4, 4), dense_steps=1)
+    everything = GNA(window=("all", "all", "all"))
+    result = mmeff.compare(
+        pipeline, [gna, everything], "a red square in the top left", out=tmp_path / "r", warm_up=False,
+        **{**IMAGE, "num_inference_steps": 3},
+    )  # fmt: skip
+    assert result.kind == "image" and "tiny model" in result.note
+    sparse, full = (name for name in result.measured["variants"] if name != "dense")
+    figures = result.measured["variants"]
+    assert 5 < figures[sparse]["psnr"].mean < 60 and figures[sparse]["density"] < 0.3
+    assert figures[full]["psnr"].identical == 1 and result.idle == (full,)
+    written = {p.suffix for p in (tmp_path / "r").rglob("*") if p.is_file()}
+    assert written == {".png", ".json", ".html"}
+    with Image.open(tmp_path / "r" / "pictures" / "0-dense.png") as picture:
+        assert picture.size == (48, 48)
+    assert "592 tokens" in (tmp_path / "r" / "report.html").read_text().replace(",", "")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"num_frames": 17}, "num_frames must be 1 or left out"),
+        ({"guidance_scale": 3.0}, "no guidance embedding"),
+        ({"negative_prompt": "blue"}, "only with true_cfg_scale > 1"),
+    ],
+)
+def test_a_picture_refuses_what_it_cannot_honour(settings, message):
+    with pytest.raises(ValueError, match=message):
+        mmeff.compare(tiny.image_pipeline(), GNA(), "a red square in the top left", **IMAGE, **settings)
 
 
 def test_answers(tmp_path):

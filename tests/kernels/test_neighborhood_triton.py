@@ -6,6 +6,7 @@ import pytest
 import torch
 from neighborhood_oracle import CASES, check, tensors
 
+from mmeff.kernels import tuned
 from mmeff.kernels.neighborhood import neighborhood_attention, triton_impl
 
 pytestmark = pytest.mark.interpreter
@@ -13,7 +14,8 @@ pytestmark = pytest.mark.interpreter
 
 @pytest.fixture(autouse=True)
 def small_boxes(monkeypatch):
-    """Several boxes along each axis even of a tiny grid."""
+    """Several boxes along each axis even of a tiny grid, on any GPU."""
+    monkeypatch.setattr(tuned, "TUNED", {})
     for table in ("FORWARD_BLOCKS", "BACKWARD_BLOCKS"):
         blocks = getattr(triton_impl, table)
         small = {size: {D: (16, 32 if D < 64 else 16, 4, 1) for D in row} for size, row in blocks.items()}

@@ -272,14 +272,14 @@ def test_the_triton_kernels_compile_for_a_gpu_that_is_not_here(dtype):
     pointers = {"q": f"*{'bf16' if dtype == torch.bfloat16 else 'fp32'}", "positions": "*i64", "key_mask": "*i1"}
     pointers |= dict.fromkeys(("weights", "lse", "grad", "per_row", "dq", "dk", "out"), "*fp32")
     pointers["k"] = pointers["q"]
-    for name, table in (
-        ("lse_kernel", triton_impl.FORWARD_BLOCKS),
-        ("columns_kernel", triton_impl.FORWARD_BLOCKS),
-        ("rows_kernel", triton_impl.BACKWARD_BLOCKS),
-        ("keys_kernel", triton_impl.BACKWARD_BLOCKS),
+    for name, direction in (
+        ("lse_kernel", "forward"),
+        ("columns_kernel", "forward"),
+        ("rows_kernel", "backward"),
+        ("keys_kernel", "backward"),
     ):
         kernel = getattr(triton_kernels, name)
-        tiles = triton_impl.blocks(table, torch.empty(0, 128, dtype=dtype), 4096)
+        tiles = triton_impl.blocks(direction, torch.empty(0, 128, dtype=dtype), 4096)
         options = {key: tiles.pop(key) for key in ("num_warps", "num_stages")}
         values = {**tiles, **dict.fromkeys(flags, True), "UPCAST": False, "q_d": 1, "k_d": 1}
         values["PRECISION"] = "ieee" if dtype == torch.float32 else "tf32"

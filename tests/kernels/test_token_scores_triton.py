@@ -63,7 +63,7 @@ def test_splits_of_the_keys_change_nothing(triton_device, monkeypatch):
     q, k = (x.to(triton_device) for x in tensors(1, 2, 300, 2, 1, 24))
     positions = torch.tensor([40, 299], device=triton_device)  # row 0 sees nothing of the later splits
     visible = torch.arange(300, device=triton_device) <= positions[:, None]
-    tile = triton_impl.blocks(triton_impl.FORWARD_BLOCKS, q, 4)["BLOCK_N"]
+    tile = triton_impl.blocks("forward", q, 4)["BLOCK_N"]
     monkeypatch.setattr(triton_impl, "TILES_PER_SPLIT", 1)
     assert 300 // tile > 1
     check(q, k, visible, backend="triton", row_positions=positions)

@@ -10,13 +10,14 @@ import torch
 
 import mmeff
 from mmeff import tiny
+from mmeff.evaluation import gates_image
 from mmeff.evaluation.questions import ask_scenes
-from mmeff.tiny import clips, export, scenes, train_vlm
+from mmeff.tiny import clips, export, scenes, stills, train_vlm
 
 DATA = tiny.data_folder()
 
 
-MODELS = ["tiny-vlm", "tiny-video", "tiny-video-vlm", "tiny-vla"]
+MODELS = ["tiny-vlm", "tiny-video", "tiny-video-vlm", "tiny-vla", "tiny-image"]
 
 
 @pytest.mark.parametrize("name", [*MODELS, "samples"])
@@ -84,6 +85,33 @@ def test_video_pipeline_is_stock_and_draws_what_is_asked():
     assert read.found.all()
     assert [list(clips.COLOURS)[c] for c in read.colour] == ["red", "cyan"]
     assert [list(clips.DIRECTIONS)[d] for d in read.direction] == ["left", "down"]
+
+
+def test_image_pipeline_is_stock_and_draws_what_is_asked():
+    """As good as the card says, within 4 standard errors; at the pipeline's own number of text tokens too."""
+    from diffusers import FluxPipeline
+
+    pipeline = tiny.image_pipeline()
+    assert type(pipeline) is FluxPipeline and "tiny model" in pipeline.mmeff_note
+    recorded = json.loads((DATA / "tiny-image" / "gate.json").read_text())["dense"]["all"]
+    assert recorded >= 0.85
+    _, labels = stills.sample(stills.HELDOUT_SEED + 1, 0, 32, pooled=True)
+    read = stills.detect(gates_image.draw(pipeline, labels.prompts(), seed=5, steps=12))
+    assert read.score(labels)["all"] >= recorded - 4 * np.sqrt(recorded * (1 - recorded) / 32) - 1 / 32
+    image = pipeline("a green cross in the center", height=48, width=48, num_inference_steps=6, output_type="np").images
+    found = stills.detect(image)
+    names = (list(stills.COLOURS)[found.colour[0]], stills.SHAPES[found.shape[0]], list(stills.PLACES)[found.place[0]])
+    assert names == ("green", "cross", "center")
+
+
+def test_an_image_of_another_size_runs_sparse():
+    pipeline = tiny.image_pipeline()
+    with mmeff.accelerate(pipeline, "gna", window=(1, 5, 5)) as handle:
+        image = pipeline(
+            "a red ring in the center", height=36, width=58, num_inference_steps=2, max_sequence_length=12, output_type="np"
+        ).images  # fmt: skip
+        assert handle.report().accelerated
+    assert image.shape == (1, 36, 58, 3) and np.isfinite(image).all()
 
 
 def test_other_sizes_run_with_an_interpolated_position_table():

@@ -7,7 +7,8 @@ The forward entries begin with the defaults that FlexAttention publishes in PyTo
 whose kernel walks lists as ours does. Its backward default is 16 x 16 without pipelining, which is meant to be replaced by
 its autotuner; the backward entries begin with that autotuner's candidates instead (32 or 64 by 32 to 128). All of them were
 compiled for their architecture by Triton 3.9, and changed where registers spilled or shared memory ran out. That they are
-fast is not measured yet: no entry has been timed by this project.
+fast is not measured yet: no entry has been timed by this project. What the project does time goes into `mmeff/kernels/tuned.py`,
+which comes before this table.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ import torch
 from torch import Tensor
 
 from ...errors import BackendUnavailable
+from .. import tuned
 from ..cache import cache_dir
 
 if TYPE_CHECKING:
@@ -118,12 +120,18 @@ def from_table(kernel: str, arch: str, itemsize: int, D: int, row_block: int, co
 
 
 def config(kernel: str, q: Tensor, row_block: int, col_block: int) -> Config:
-    """Return the config to run a kernel with on the device of q: the tuned one if there is one, else the table's."""
-    if q.device.type != "cuda":  # the interpreter, which is indifferent to everything but the tiles
-        return from_table(kernel, "sm80", q.element_size(), q.shape[-1], row_block, col_block)
-    device = _Device.of(q.device)
-    tuned = _tuned(device).get(_key(kernel, q.dtype, q.shape[-1], row_block, col_block))
-    return tuned or from_table(kernel, device.arch, q.element_size(), q.shape[-1], row_block, col_block)
+    """Return the config to run a kernel with on the device of q: what was tuned on it, what was measured, or the table's."""
+    device = _Device.of(q.device) if q.device.type == "cuda" else None
+    if device is not None:
+        own = _tuned(device).get(_key(kernel, q.dtype, q.shape[-1], row_block, col_block))
+        if own is not None:
+            return own
+    measured = tuned.find(f"block_sparse {kernel}", q, (row_block, col_block))
+    if measured is not None:
+        return fitted(Config(*measured), row_block, col_block)
+    # the interpreter is indifferent to everything but the tiles
+    arch = "sm80" if device is None else device.arch
+    return from_table(kernel, arch, q.element_size(), q.shape[-1], row_block, col_block)
 
 
 # ---------------------------------------------------------------- tuning

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import tuned
 from ..dispatch import Backend
 from .problem import BackwardProblem, Gradients, Problem
 from .rule import Axis, Rule
@@ -19,7 +20,7 @@ from .rule import Axis, Rule
 Box = tuple[int, int, int]
 
 # (queries, keys, num_warps, num_stages) of a program by padded head width: for 2-byte elements and for 4-byte ones.
-# Starting points from FlexAttention's tables for H100; not measured on a GPU.
+# Starting points from FlexAttention's tables for H100; not measured on a GPU. What was measured comes before them, see `tuned`.
 FORWARD_BLOCKS = {
     2: {16: (128, 64, 4, 3), 32: (128, 64, 4, 3), 64: (128, 64, 4, 3), 128: (128, 64, 8, 3), 256: (64, 32, 8, 2)},
     4: {16: (64, 32, 4, 3), 32: (64, 32, 4, 3), 64: (64, 32, 4, 3), 128: (32, 32, 4, 2), 256: (16, 32, 4, 2)},
@@ -43,7 +44,7 @@ def run(problem: Problem) -> tuple[Tensor, Tensor]:
     B, H, N, D = problem.B, problem.H, problem.N, problem.D
     out = torch.empty(B, N, H, D, dtype=problem.q.dtype, device=problem.q.device)
     lse = torch.empty(B, H, N, dtype=torch.float32, device=problem.q.device)
-    call = _Call(problem, FORWARD_BLOCKS)
+    call = _Call(problem, "forward")
     with torch.cuda.device_of(out):
         triton_kernels.forward_kernel[(call.boxes(call.queries), B * H, call.classes)](
             *call.tensors, *call.extra, out, lse, *call.tables, *call.strides, *call.extra_strides,
@@ -69,7 +70,7 @@ def backward(asked: BackwardProblem) -> Gradients:
     dbias = None
     if problem.rel_bias is not None and asked.need_bias:
         dbias = torch.zeros(problem.rel_bias.shape, dtype=torch.float32, device=dout.device)
-    call = _Call(problem, BACKWARD_BLOCKS)
+    call = _Call(problem, "backward")
     with torch.cuda.device_of(dout):
         triton_kernels.dq_kernel[(call.boxes(call.queries), B * H, call.classes)](
             *call.tensors, *call.extra, dout, lse, delta, dq, dbias, *call.tables, *call.strides, *call.extra_strides,
@@ -108,10 +109,10 @@ def _extra_gradients(
 class _Call:
     """What all kernels take, in their order: the grid as three axes, tables, strides, boxes."""
 
-    def __init__(self, problem: Problem, blocks: dict[int, dict[int, tuple[int, int, int, int]]]) -> None:
+    def __init__(self, problem: Problem, direction: str) -> None:
         axes = three_axes(problem.rule)
         block_d = max(16, _power_of_2(problem.D))
-        n_queries, n_keys, warps, stages = blocks[2 if problem.q.element_size() == 2 else 4][block_d]
+        n_queries, n_keys, warps, stages = blocks(direction, problem.q)
         self.lengths = tuple(axis.class_length(0) for axis in axes)
         self.queries, self.keys = choose_boxes(axes, n_queries, n_keys)
         self.classes = math.prod(axis.dilation for axis in axes)
@@ -144,6 +145,13 @@ class _Call:
     def boxes(self, box: Box) -> int:
         """How many boxes cover the longest class."""
         return math.prod(-(-n // side) for n, side in zip(self.lengths, box, strict=True))
+
+
+def blocks(direction: str, q: Tensor) -> tuple[int, int, int, int]:
+    """Queries, keys, warps and stages of a program, "forward" or "backward"."""
+    table = FORWARD_BLOCKS if direction == "forward" else BACKWARD_BLOCKS
+    measured = tuned.find(f"neighborhood {direction}", q)
+    return measured or table[2 if q.element_size() == 2 else 4][max(16, _power_of_2(q.shape[-1]))]
 
 
 def three_axes(rule: Rule) -> tuple[Axis, ...]:
@@ -241,8 +249,7 @@ def _cost(problem: Problem) -> float:
     if _interpreted():
         return math.inf
     axes = three_axes(problem.rule)
-    blocks = FORWARD_BLOCKS[2 if problem.q.element_size() == 2 else 4][max(16, _power_of_2(problem.D))]
-    queries, keys = choose_boxes(axes, blocks[0], blocks[1])
+    queries, keys = choose_boxes(axes, *blocks("forward", problem.q)[:2])
     visited = float(problem.N * problem.T)
     spans = [(a.class_length(0), qs, min(a.class_length(0), qs + a.window - 1), ks)
              for a, qs, ks in zip(axes, queries, keys, strict=True)]  # fmt: skip

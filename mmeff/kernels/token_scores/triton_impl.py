@@ -10,11 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import tuned
 from ..dispatch import Backend
 from .problem import BackwardProblem, Gradients, Problem
 
 # (BLOCK_R, BLOCK_N, num_warps, num_stages) by bytes of an element and padded head width. Chosen by compiling for sm90: no
-# register spills to speak of, and less shared memory than any GPU from Ampere on has. Not timed on a GPU.
+# register spills to speak of, and less shared memory than any GPU from Ampere on has. Not timed on a GPU; what was timed
+# comes before it, see `tuned`.
 Table = dict[int, dict[int, tuple[int, int, int, int]]]
 FORWARD_BLOCKS: Table = {
     2: {64: (64, 128, 4, 3), 128: (64, 64, 4, 3), 256: (32, 64, 8, 3)},
@@ -39,7 +41,7 @@ def run(problem: Problem) -> tuple[Tensor, Tensor]:
     lse = _normalise(problem) if problem.lse is None else problem.lse.float().contiguous()
     out = torch.empty(B, H, Nk, dtype=torch.float32, device=problem.k.device)
     tensors, strides, sizes, flags = _arguments(problem)
-    tiles = blocks(FORWARD_BLOCKS, problem.q, problem.R)
+    tiles = blocks("forward", problem.q, problem.R)
     with torch.cuda.device_of(out):
         triton_kernels.columns_kernel[(-(-Nk // tiles["BLOCK_N"]), B * Hk)](
             *tensors, lse, out, *strides, *sizes, **flags, **tiles
@@ -52,7 +54,7 @@ def _normalise(problem: Problem) -> Tensor:
     from . import triton_kernels
 
     B, R, H, Nk, Hk = problem.B, problem.R, problem.H, problem.Nk, problem.Hk
-    tiles = blocks(FORWARD_BLOCKS, problem.q, problem.group * R)
+    tiles = blocks("forward", problem.q, problem.group * R)
     row_blocks, block_n = -(-problem.group * R // tiles["BLOCK_R"]), tiles["BLOCK_N"]
     wanted = PROGRAMS // max(1, row_blocks * B * Hk)
     splits = max(1, min(wanted, Nk // (block_n * TILES_PER_SPLIT)))
@@ -83,14 +85,14 @@ def backward(problem: BackwardProblem) -> Gradients:
     )
     tensors, strides, sizes, flags = _arguments(forward)
     with torch.cuda.device_of(grad):
-        tiles = blocks(BACKWARD_BLOCKS, forward.q, forward.group * R)
+        tiles = blocks("backward", forward.q, forward.group * R)
         if R and (need_q or need_rows or (need_k and centred)):
             triton_kernels.rows_kernel[(-(-forward.group * R // tiles["BLOCK_R"]), B * Hk)](
                 *tensors, lse, grad, per_row, dq, *strides, *sizes, **flags, **tiles,
                 CENTRED=centred, NEED_ROWS=need_rows, NEED_Q=need_q,
             )  # fmt: skip
         if need_k:
-            tiles = blocks(BACKWARD_BLOCKS, forward.q, R)
+            tiles = blocks("backward", forward.q, R)
             triton_kernels.keys_kernel[(-(-Nk // tiles["BLOCK_N"]), B * Hk)](
                 *tensors, lse, grad, per_row, dk, *strides, *sizes, **flags, **tiles, CENTRED=centred
             )
@@ -121,10 +123,13 @@ def _arguments(problem: Problem) -> tuple[tuple[Tensor | None, ...], tuple[int, 
     return (q, k, positions, key_mask, weights), tuple(strides), sizes, flags
 
 
-def blocks(table: Table, q: Tensor, rows: int) -> dict[str, int]:
-    """Tile sizes and launch options; no more rows in a tile than there are, but the 16 that a product needs."""
+def blocks(direction: str, q: Tensor, rows: int) -> dict[str, int]:
+    """Tile sizes and launch options, "forward" or "backward"; no more rows in a tile than there are, but the 16 that a
+    product needs."""
     block_d = max(16, _power_of_2(q.shape[-1]))
-    block_r, block_n, warps, stages = table[q.element_size()][max(64, block_d)]
+    table = FORWARD_BLOCKS if direction == "forward" else BACKWARD_BLOCKS
+    measured = tuned.find(f"token_scores {direction}", q)
+    block_r, block_n, warps, stages = measured or table[q.element_size()][max(64, block_d)]
     return {
         "BLOCK_R": min(block_r, max(16, _power_of_2(rows))),
         "BLOCK_N": block_n,
