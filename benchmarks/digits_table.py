@@ -21,6 +21,9 @@ def pairs(rows: Mapping[str, Row]) -> Iterator[tuple[str, Row | None, Row | None
             yield family.name, ours, theirs
 
 
+UNSEEN = "< 1e-4"  # losses are kept to four decimals
+
+
 def apart(ours: Row, theirs: Row, steps: int = EARLY) -> float:
     """The largest relative difference of two runs' losses in the first steps."""
     both = list(zip(ours.losses, theirs.losses, strict=True))[:steps]
@@ -38,7 +41,7 @@ def markdown(rows: Mapping[str, Row]) -> str:
     ]
     for name, ours, theirs in pairs(rows):
         parameters = f"{(ours or theirs).parameters / 1e6:.2f} M"  # type: ignore[union-attr]
-        difference = f"{apart(ours, theirs):.1e}" if ours and theirs else ""
+        difference = (f"{apart(ours, theirs):.1e}" if apart(ours, theirs) else UNSEEN) if ours and theirs else ""
         cells = (name, parameters, _accuracy(ours), _accuracy(theirs), _seconds(ours), _seconds(theirs), difference)
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)

@@ -121,7 +121,7 @@ def kills(clips: int, times: int, methods: list[str], seed: int, *, decode_only:
             argument = json.dumps({**values, "out": str(out)})
             process = subprocess.Popen([sys.executable, "-c", CALL, argument], start_new_session=True)
             try:
-                code = process.wait(timeout=chance.uniform(0.05, 2) * seconds / times if killed < times else None)
+                code = process.wait(timeout=chance.uniform(0.05, 1.5) * seconds / times if killed < times else None)
             except subprocess.TimeoutExpired:
                 killed += 1
                 os.killpg(process.pid, signal.SIGKILL)
