@@ -27,15 +27,15 @@ class GateFailed(Exception):
 class Gate:
     """Exact results of a workload, computed once, and the judgement of those who claim to compute the same.
 
-    times: of the error that plain PyTorch makes, how much is allowed.
+    times: of the error that plain PyTorch makes, how much is allowed. floor: of the largest value, beyond that.
     """
 
-    def __init__(self, work: Workload, times: float = TIMES) -> None:
-        self.work, self.times = work, times
+    def __init__(self, work: Workload, times: float = TIMES, floor: float = FLOOR) -> None:
+        self.work, self.times, self.floor = work, times, floor
         self._exact = work.exact(torch.float64)
         plain = work.exact(work.dtype)
         self._allowed = {
-            name: times * _largest(plain[name] - x) + FLOOR * _largest(x) for name, x in self._exact.items()
+            name: times * _largest(plain[name] - x) + floor * _largest(x) for name, x in self._exact.items()
         }
 
     def errors(self, contender: Contender) -> Errors:
@@ -56,7 +56,7 @@ class Gate:
         if wrong:
             raise GateFailed(
                 f"red gate: {who} is wrong in {self.work.case.name}: {'; '.join(wrong)} ({self.times:g} x the error of plain "
-                f"{self.work.case.dtype} attention + {FLOOR:g} of the largest value). Nothing more is timed; repair the "
+                f"{self.work.case.dtype} attention + {self.floor:.2g} of the largest value). Nothing more is timed; repair the "
                 "backend, or leave the case out with --only."
             )
         return errors

@@ -78,7 +78,7 @@ class Backbones:
             return ""
         return (
             f"Random weights: {', '.join(without)}. Feature maps show what the architecture does to a picture, not what it learned, and "
-            "there are no classes. Speed does not depend on weights. With a folder of checkpoints "
+            "there are no classes. Speed hardly depends on weights. With a folder of checkpoints "
             "(mmeff demo --backbones FOLDER) they classify"
         )
 

@@ -16,14 +16,14 @@ _PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "drop": 0.5, "p_threshold": 0.0, "block": 4, "first_frame": False, "neighbours": False, "dense_layers": 0,
         },
     },
-    # 24 x 24 tokens of one picture, 20 steps
+    # 24 x 24 tokens of one picture, 20 steps: about half of the pairs
     "tiny-image": {
         "radial": {"block": 16, "dense_layers": 0, "drop_below": 32, "dense_steps": 5},
-        "gna": {"window": (1, 12, 12), "stride": (1, 2, 2), "tile": (1, 4, 4), "dense_steps": 5},
-        "slidingtile": {"window": (1, 3, 3), "tile": (1, 4, 4), "dense_steps": 5},
+        "gna": {"window": (1, 16, 16), "stride": (1, 2, 2), "tile": (1, 4, 4), "dense_steps": 5},
+        "slidingtile": {"window": (1, 4, 4), "tile": (1, 4, 4), "dense_steps": 5},
         "vmoba": {"threshold": None, "top_k": (9,), "chunks": ((4, 4),), "dense_steps": 5},
         "rectifiedspaattn": {
-            "drop": 0.7, "p_threshold": 0.0, "block": 16, "first_frame": False, "neighbours": False, "dense_layers": 0,
+            "drop": 0.5, "p_threshold": 0.0, "block": 16, "first_frame": False, "neighbours": False, "dense_layers": 0,
         },
     },
 }  # fmt: skip

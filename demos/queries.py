@@ -41,6 +41,8 @@ class Query:
             raise ValueError("there is nothing to look at; choose an example, or upload a picture or a clip")
         if self.image is not None and self.video is not None:
             raise ValueError("ask about a picture or about a clip, and take the other one away")
+        if self.video is not None and self.model == "tiny-vlm":
+            raise ValueError("tiny-vlm was trained on single pictures; choose tiny-video-vlm to ask about a clip")
         if not self.methods:
             raise ValueError("no method is chosen; tick at least one to compare with dense")
         if len(self.methods) > settings.max_variants:

@@ -131,7 +131,7 @@ class Panel:
             self.picture = gr.Slider(0, 1, value=0, step=1, label="Frame", visible=False, buttons=[], elem_id="ask-frame",
                                      min_width=200)  # fmt: skip
         self.words = gr.HTML(elem_id="ask-words", padding=False, elem_classes="mm-html")
-        self.slider = gr.ImageSlider(label="As the model saw it (left), and what is left of it (right)", interactive=False,
+        self.slider = gr.ImageSlider(label="Seen, and what is left of it", interactive=False,
                                      type="pil", format="png", buttons=["fullscreen"], elem_id="ask-slider", max_height=420)  # fmt: skip
         self.strip = gr.HTML(elem_id="ask-strip", padding=False, elem_classes="mm-html")
 

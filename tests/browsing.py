@@ -7,6 +7,7 @@ from playwright.sync_api import expect
 DESKTOP = {"viewport": {"width": 1280, "height": 900}}
 PHONE = {"viewport": {"width": 390, "height": 844}, "device_scale_factor": 2, "is_mobile": True, "has_touch": True}
 SLOW = 60_000  # milliseconds: other tests share the cores
+expect.set_options(timeout=SLOW)
 
 
 def planned(page, kind="video"):

@@ -52,14 +52,14 @@ def measure(name: str, size: Size, batch: int, setting: Setting) -> dict[str, An
     except (ValueError, AssertionError) as error:  # a family that does not take this size
         raise Unavailable(str(error).splitlines()[0]) from None
     x = torch.randn(batch, 3, *size, generator=torch.Generator().manual_seed(1)).to(device)
-    error = None
+    apart = None
     if PLAIN in models:
         few = x[: setting.pick(4, 1)]
         classes = [models[side].to(device)(few) for side in (name, PLAIN)]
-        error = float((classes[0] - classes[1]).norm() / classes[1].norm())
-        if not error <= AGREE:
+        apart = float((classes[0] - classes[1]).norm() / classes[1].norm())
+        if not apart <= AGREE:
             raise GateFailed(
-                f"red gate: {name} at {size} must give the classes of its plain form to {AGREE:g}, got {error:.3g}"
+                f"red gate: {name} at {size} must give the classes of its plain form to {AGREE:g}, got {apart:.3g}"
             )
     x = x.to(dtype)
     sides = {side: model.to(device, dtype) for side, model in models.items()}
@@ -77,7 +77,7 @@ def measure(name: str, size: Size, batch: int, setting: Setting) -> dict[str, An
     return {
         "value": batch / mine.ours.p50, "unit": "pictures per second", "batch": batch, "size": list(size), "dtype": str(dtype).removeprefix("torch."),
         "seconds": asdict(mine.ours), "memory": mine.ours_bytes, "parameters": backbones._parameters(ours), "peers": found,
-        "error": error, "backends": dict(Counter(f"{c.operator}: {c.backend}" for c in calls)),
+        "error": apart, "backends": dict(Counter(f"{c.operator}: {c.backend}" for c in calls)),
     }  # fmt: skip
 
 

@@ -308,19 +308,24 @@ def scenes(*, smoke: bool) -> list[Scene]:
     return [replace(s, setups=s.setups[:1]) for s in map(_small, chosen.values())]
 
 
+def construct(model: Model, layers: dict[str, int], device: torch.device) -> Any:
+    """The transformer of a model with so many layers and random float32 weights."""
+    import diffusers
+
+    depth = {argument: layers[stack] for stack, argument in model.family.stacks.items()}
+    with torch.random.fork_rng(devices=[]), device:
+        torch.manual_seed(0)
+        return getattr(diffusers, model.family.cls)(**model.config, **depth)
+
+
 def build(scene: Scene, layers: dict[str, int], device: torch.device, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
     """The model with random weights on the device, and the inputs of a forward.
 
     Parameters become `dtype` but for those that the class keeps in float32, and buffers stay as they are: what
     `from_pretrained(torch_dtype=...)` leaves.
     """
-    import diffusers
-
     model, family = scene.model, scene.model.family
-    depth = {argument: layers[stack] for stack, argument in family.stacks.items()}
-    with torch.random.fork_rng(devices=[]), device:
-        torch.manual_seed(0)
-        transformer = getattr(diffusers, family.cls)(**model.config, **depth)
+    transformer = construct(model, layers, device)
     wide = set(getattr(transformer, "_keep_in_fp32_modules", None) or ())
     for name, parameter in transformer.named_parameters():
         if not wide & set(name.split(".")):

@@ -23,6 +23,7 @@ from ..cases import Unavailable
 from ..gate import GateFailed
 from .rows import File
 from .setting import Setting
+from .workers import lost
 
 Tick = Callable[[str, int, int], None]
 RESERVE = 5.0  # seconds at the end for the table
@@ -52,7 +53,8 @@ class Task:
 @dataclass(frozen=True, kw_only=True)
 class Part:
     """weight: its share of the time of a run over all parts. tasks: the most telling first. judges: what is wrong ends the run
-    when all of the part has been judged, not at the first: whoever repairs it wants to know everything."""
+    when all of the part has been judged, not at the first: whoever repairs it wants to know everything. Its tasks say by
+    themselves what is left to do for them."""
 
     name: str
     weight: float
@@ -116,8 +118,8 @@ def _run_part(part: Part, file: File, clock: Clock, outcome: Outcome, again: boo
             if not again and file.held(part.name, task.name) is not None:
                 outcome.before += 1
                 continue
-            # at most what was guessed, or what it took before and a fifth for bad luck
-            expected = min(task.seconds, 1.2 * took.get(task.name, task.seconds))
+            # what it took before and a fifth for bad luck, where that is known and says anything
+            expected = 1.2 * took[task.name] if task.name in took and not part.judges else task.seconds
             if not clock.allows(expected):
                 outcome.left += 1
                 continue
@@ -163,7 +165,7 @@ def _run_task(part: str, task: Task, file: File) -> bool:
         where = traceback.extract_tb(error.__traceback__)[-1]
         reason = f"{type(error).__name__} in {where.name}, line {where.lineno}: {str(error)[:400]}"
         file.add(part, task.name, "failed", reason=reason, took=took())
-        if "CUDA error" in str(error):  # it stays with the process: everything after it would fail alike
+        if lost(str(error)):  # it stays with the process: everything after it would fail alike
             raise DeviceLost(f"{task.name}: {reason}") from error
         return False
     finally:

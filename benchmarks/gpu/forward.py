@@ -32,6 +32,7 @@ from .denoisers import Scene, Setup
 from .engine import Part, Task
 from .rows import File
 from .setting import Setting, need
+from .workers import lost
 
 ROUNDS = 4
 LONG = 4.0  # seconds of a dense forward from which on two rounds have to do
@@ -230,7 +231,7 @@ def _fastest(scene: Scene, device: torch.device) -> str:
             run()
             found[name] = timing._seconds(run, 1, device)
         except RuntimeError as error:
-            if isinstance(error, torch.OutOfMemoryError) or "CUDA error" in str(error):
+            if isinstance(error, torch.OutOfMemoryError) or lost(str(error)):
                 raise
             # a kernel that does not take these tensors
     return min(found, key=found.__getitem__)

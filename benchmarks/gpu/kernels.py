@@ -16,16 +16,16 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from mmeff.diffusion_attn._ordered import OrderedLayout
 from mmeff.diffusion_attn.gna import GNA
-from mmeff.kernels import calibration
+from mmeff.kernels import block_sparse_attention, calibration
 
 from .. import runner, timing, workloads
 from ..cases import BlockSparse, Case, Direction, Neighborhood, RandomBlocks, Routed, TokenScores, Unavailable
-from ..gate import TIMES, Gate
 from ..timing import Timing, compare, runnable
 from ..workloads import Contender
 from .engine import Part, Task
-from .gate import ROUTED_TIMES
+from .gate import gate_of
 from .rows import File
 from .setting import Setting
 
@@ -109,7 +109,7 @@ def table(*, smoke: bool) -> Iterator[tuple[Case, float | None]]:
         "stride": (3, 4, 4),
     }
     for direction in ("forward", "forward+backward"):
-        yield Neighborhood(**wan, dtype="bfloat16", direction=cast(Direction, direction)), None
+        yield Neighborhood(**wan, dtype="bfloat16", direction=direction), None
     for sparsity in (0.75, 0.5, 0.9):
         yield random(sparsity, 64, "forward+backward")
     for sparsity in (0.0, 0.25, 0.95):  # the rest of the sweep of densities, for predicted_speedup()
@@ -128,7 +128,7 @@ def against_dense(case: Case, bar: float | None, setting: Setting) -> dict[str, 
     options = runner.Options(out=Path(os.devnull), pair_seconds=SECONDS[setting.device.type], flex=True)
     work = workloads.build(case, setting.device)
     bench = runner._Bench(work, options)
-    bench.gate = Gate(work, ROUTED_TIMES if isinstance(case, Routed) else TIMES)
+    bench.gate = gate_of(work)
     backend = "triton" if setting.device.type == "cuda" else "auto"
     peers = DENSE if bar is None else (*DENSE, "flex")  # it compiles for most of a minute
     pairs: dict[str, Any] = {}
@@ -187,13 +187,12 @@ def gna(setting: Setting) -> dict[str, Any]:
     q, k, v = work.flat
     layout = method.kernel_layout(grid=grid, q=q, k=k)
     ours = Contender(lambda: method.attend(q, k, v, grid=grid, layout=layout).view(work.q.shape))
-    errors = Gate(work).check(ours, "GNA.attend")
-    arrange = getattr(layout, "arrange", None)
-    ordered = [x if arrange is None else arrange(x) for x in (q, k, v)]
-    blocks = getattr(layout, "layout", layout)
+    errors = gate_of(work).check(ours, "GNA.attend")
+    ordered = [layout.arrange(x) if isinstance(layout, OrderedLayout) else x for x in (q, k, v)]
+    blocks = layout.layout if isinstance(layout, OrderedLayout) else layout
 
     def kernel() -> Tensor:
-        return cast(Tensor, workloads.kernels.block_sparse_attention(*ordered, blocks, backend=backend))
+        return cast(Tensor, block_sparse_attention(ordered[0], ordered[1], ordered[2], blocks, backend=backend))
 
     found: dict[str, Timing] = {}
     reasons: dict[str, str] = {}

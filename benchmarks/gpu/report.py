@@ -38,7 +38,7 @@ def _cells(row: Row) -> tuple[str, ...]:
         return (row.part, what, best, seconds(x["fallback_seconds"]), gain, "")
     ours, beside = seconds(x.get("seconds")), seconds(x.get("dense_seconds"))
     bar = f"{x['bar']:.3g}{' !' if row.missed else ''}" if "bar" in x else ""
-    value = f"{number(x['value'])} {x['unit']}"
+    value = number(x["value"]) + x["unit"] if x["value"] >= 1e9 else f"{number(x['value'])} {x['unit']}"
     if "estimated" in x:
         value += f" ({x['estimated']['value']:.2f} estimated for all layers)"
     return (row.part, what, ours, beside, value, bar)

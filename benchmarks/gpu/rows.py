@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -65,6 +66,7 @@ class File:
     def __init__(self, path: Path, setting: Setting) -> None:
         self.path, self.setting = path, setting
         self.rows = [] if setting.smoke else [r for r in read(path) if r.hardware == setting.machine.hardware]
+        self._clocks: tuple[float, dict[str, str]] | None = None
 
     def latest(self, part: str | None = None) -> list[Row]:
         """The last row of every task, where one was measured the last of those; of all parts or of one."""
@@ -83,6 +85,13 @@ class File:
             return None
         return row
 
+    def _gpu(self) -> dict[str, str]:
+        """The clocks now; asking takes a noticeable time, so that rows within a second share an answer."""
+        now = time.monotonic()
+        if self._clocks is None or now - self._clocks[0] > 1.0:
+            self._clocks = now, at.clocks(self.setting.device)
+        return self._clocks[1]
+
     def add(
         self, part: str, name: str, status: Status, *, took: float, reason: str | None = None, **figures: Any
     ) -> Row:
@@ -90,7 +99,7 @@ class File:
         machine = self.setting.machine
         row = Row(
             part=part, name=name, status=status, reason=reason, figures=figures, took=round(took, 3),
-            hardware=machine.hardware, gpu=at.clocks(self.setting.device), environment=versions(machine.environment),
+            hardware=machine.hardware, gpu=self._gpu(), environment=versions(machine.environment),
             commit=machine.commit, date=datetime.now(UTC).isoformat(timespec="seconds"),
         )  # fmt: skip
         line = json.dumps(asdict(row), ensure_ascii=False, allow_nan=False)

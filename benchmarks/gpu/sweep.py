@@ -15,7 +15,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -153,7 +153,7 @@ def _neighborhood(group: Group, kernel: str, device: torch.device) -> Run:
     q, k, v, dout = (x.view(1, *grid, group.H, group.D) for x in tensors(group, device))
     call = partial(neighborhood_attention, window=(grid[0] // 2 or 1, 16, 16), stride=(1, 4, 4), backend="triton")
     if kernel == "forward":
-        return lambda: [call(q, k, v)]
+        return lambda: [cast(Tensor, call(q, k, v))]
     leaves = [x.requires_grad_() for x in (q, k, v)]
     with torch.enable_grad():
         out = call(*leaves)

@@ -26,11 +26,23 @@ class Answer(NamedTuple):
     kind: Literal["result", "wrong", "unavailable", "error"]
     value: Any
 
+    @property
+    def crashed(self) -> bool:
+        """Whether the device failed."""
+        return self.kind == "error" and lost(self.value)
+
     def result(self) -> Any:
-        """The result. Raises: GateFailed, Unavailable or RuntimeError."""
+        """The result. Raises: GateFailed, for a kernel that crashed too, Unavailable or RuntimeError."""
         if self.kind == "result":
             return self.value
+        if self.crashed:
+            raise GateFailed(f"red gate: the kernel crashed: {self.value}")
         raise {"wrong": GateFailed, "unavailable": Unavailable}.get(self.kind, RuntimeError)(self.value)
+
+
+def lost(text: str) -> bool:
+    """Whether an error is one after which a process can do nothing more on its device."""
+    return "CUDA error" in text or "Triton Error [CUDA]" in text
 
 
 def attempt(call: Call) -> Answer:

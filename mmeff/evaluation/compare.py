@@ -13,7 +13,7 @@ from typing import Any
 from mmeff.accelerate import find_host
 from mmeff.config import MethodConfig
 from mmeff.evaluation.budget import Budget, equal_budgets
-from mmeff.evaluation.compare_video import compare_video
+from mmeff.evaluation.compare_video import check_picture, compare_video
 from mmeff.evaluation.compare_vlm import checked_cases, compare_vlm
 from mmeff.evaluation.comparison import Comparison, Tick, finish, silent
 from mmeff.evaluation.run_folder import RunFolder
@@ -63,6 +63,7 @@ def compare(
             raise ValueError(
                 f"a budget is a share of visual tokens, which {configs[0].name()} does not drop; leave budget={budget!r} out"
             )
+        check_picture(model_or_pipeline, **settings)  # complains before there is a folder
         folder = RunFolder(out, overwrite=overwrite) if out is not None else None
         result = compare_video(model_or_pipeline, configs, inputs, folder=folder, tick=tick, **settings)
     else:

@@ -65,8 +65,8 @@ def compare_video(
         raise ValueError(f"compare needs at least one prompt, none empty, got {prompts!r}")
     pictures = makes_pictures(pipeline)
     sizes = {"height": height, "width": width, "num_inference_steps": num_inference_steps}
+    check_picture(pipeline, num_frames=num_frames, guidance_scale=guidance_scale, negative_prompt=negative_prompt)
     if pictures:
-        _check_picture(pipeline, num_frames, guidance_scale, negative_prompt)
         asked = {**sizes, "text_tokens": max_sequence_length}  # the text is part of the attention that is planned
     else:
         sizes["num_frames"] = 81 if num_frames is None else num_frames
@@ -133,10 +133,13 @@ def compare_video(
     )
 
 
-def _check_picture(
-    pipeline: Any, num_frames: int | None, guidance_scale: float | None, negative_prompt: str | None
-) -> None:
-    """Raise ValueError for settings that a pipeline of pictures would not honour."""
+def check_picture(
+    pipeline: Any, *, num_frames: int | None = None, guidance_scale: float | None = None, negative_prompt: str | None = None,
+    **others: Any,
+) -> None:  # fmt: skip
+    """Raise ValueError for settings of `compare_video` that a pipeline of pictures would not honour; a video's are all fine."""
+    if not makes_pictures(pipeline):
+        return
     who = type(pipeline).__name__
     if num_frames not in (None, 1):
         raise ValueError(f"{who} makes pictures, so num_frames must be 1 or left out, got {num_frames}")

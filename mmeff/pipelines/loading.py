@@ -58,9 +58,9 @@ def load(source: str, *, device: str = "auto", dtype: str = "auto") -> Loaded:
                 "makes them"
             )
         if EMBEDDED[source] == "video":
-            pipeline = (tiny.video_pipeline if source == "tiny-video" else tiny.image_pipeline)(device=device).to(
-                chosen
-            )
+            pipeline = (tiny.video_pipeline if source == "tiny-video" else tiny.image_pipeline)(device=device)
+            if chosen != torch.float32:  # which it has; diffusers warns of every cast
+                pipeline = pipeline.to(chosen)
             return Loaded(kind="video", model=pipeline, source=source, note=tiny.NOTE)
         model, processor = (tiny.vlm if source == "tiny-vlm" else tiny.video_vlm)(device=device)
         return Loaded(kind="vlm", model=model.to(chosen), processor=processor, source=source, note=tiny.NOTE)

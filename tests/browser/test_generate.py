@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 
 import numpy as np
 import pytest
@@ -51,6 +52,7 @@ def test_a_comparison_from_the_prompt_to_the_files(open_page, server, tmp_path, 
     recipe = yaml.safe_load(made["radial.yaml"].read_text())
     assert recipe["model"] == "tiny-video" and recipe["methods"][0]["method"] == "radial"
     screenshot(page, "generate", full_page=True)
+    screenshot(page, "top", clip={"x": 0, "y": 0, "width": 1280, "height": 980}, full_page=True)
 
     # another frame, another variant
     slider, heat = page.locator("#video-slider img").first, page.locator("#video-heat img")
@@ -129,6 +131,22 @@ def test_cancel_stops_between_steps_and_the_next_run_works(open_page, server):
     page.locator("label", has_text="steps").locator("visible=true").locator("input").first.fill("6")
     run(page)
     assert table(page)["dense"][-1] == "6 of 6"
+
+
+def test_a_visitor_who_leaves_leaves_no_run(open_page, server):
+    page = open_page()
+    planned(page)
+    settle(page, steps=100)
+    page.locator("#video-go").click()
+    expect(page.locator("#video-progress")).to_contain_text(re.compile(r"step [1-9]\d? of 100"))
+    assert server.service.turns.waiting == 1
+    page.close()
+    stop = time.monotonic() + 60
+    while server.service.turns.waiting and time.monotonic() < stop:
+        time.sleep(0.1)
+    assert server.service.turns.waiting == 0
+    finished = [dict(sizes)["num_inference_steps"] for _, _, _, sizes, _ in server.service.generating._dense._clips]
+    assert 100 not in finished  # it was stopped, and did not come to its end meanwhile
 
 
 def test_errors_are_messages_and_the_page_stays_usable(open_page):

@@ -64,6 +64,7 @@ def answered(asking):
         ({"question": "x" * 3000}, "at most 2000 characters, got 3000"),
         ({"image": None}, "nothing to look at"),
         ({"video": "clip"}, "take the other one away"),
+        ({"image": None, "video": "clip"}, "choose tiny-video-vlm to ask about a clip"),
         ({"methods": ()}, "no method is chosen"),
         ({"methods": (FASTV,) * 4}, "at most 3 methods"),
         ({"new_tokens": 0}, r"whole number in \[1, 256\], got 0"),

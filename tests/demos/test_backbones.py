@@ -124,6 +124,11 @@ def test_trained_weights_of_the_folder_give_classes(tmp_path):
     assert trained.note(("resnet18",)) == ""
 
 
+def test_the_folder_of_checkpoints_must_be_there():
+    with pytest.raises(ValueError, match="backbones must be a folder of checkpoints, and /nowhere is no folder"):
+        Settings(backbones="/nowhere")
+
+
 def test_a_broken_checkpoint_is_a_message(tmp_path):
     save_file({"nothing": torch.zeros(1)}, tmp_path / "nat_mini.safetensors")
     broken = Backbones(Settings(backbones=str(tmp_path)), Turns(per_user=2, total=8))

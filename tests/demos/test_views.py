@@ -64,7 +64,12 @@ def test_everything_is_escaped(drawn):
 
 def test_the_player_gets_its_words_whole():
     found = spec(result())
-    assert found["prompt"] == NASTY and found["panels"][1]["name"] == NASTY and found["frames"] == 17 and found["pixelated"]
+    assert (
+        found["prompt"] == NASTY
+        and found["panels"][1]["name"] == NASTY
+        and found["frames"] == 17
+        and found["pixelated"]
+    )
 
 
 def test_a_loss_is_shown_as_one_and_a_gain_too():

@@ -134,7 +134,17 @@ def test_gradients_that_are_not_needed_change_nothing(triton_device, needed, wit
 def test_the_operator_keeps_the_rules_of_pytorch(triton_device):
     q, k = (x.to(triton_device).requires_grad_() for x in tensors(1, 3, 20, 2, 1, 8))
     positions = torch.tensor([0, 5, 19], device=triton_device)
-    arguments = (q, k, positions, None, torch.rand(3, device=triton_device, requires_grad=True), None, 0.3, "triton")
+    arguments = (
+        q,
+        k,
+        positions,
+        None,
+        torch.rand(3, device=triton_device, requires_grad=True),
+        None,
+        0.3,
+        "triton",
+        True,
+    )
     torch.library.opcheck(torch.ops.mmeff.token_scores.default, arguments)
 
 

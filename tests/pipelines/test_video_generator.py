@@ -251,11 +251,14 @@ def test_several_frames_are_no_picture(tmp_path):
         Recipe.read(tmp_path / "b.png")
 
 
-def test_a_method_that_leaves_a_picture_dense_says_so():
-    """One frame is all that Radial sees in full."""
-    with VideoGenerator("tiny-image", "radial", device="cpu") as generator, pytest.raises(NothingAccelerated):
-        generator.use([{"method": "radial", "dense_steps": 0, "dense_layers": 0}])
-        generator.generate("a red ring in the center", num_inference_steps=2)
+def test_a_layout_of_all_of_a_picture_is_reported_as_such():
+    """One frame is all that Radial sees in full; the report says that no call was sparse."""
+    radial = {"method": "radial", "dense_steps": 0, "dense_layers": 0}
+    with VideoGenerator("tiny-image", radial, device="cpu", dtype="float32") as generator:
+        clip = generator.generate("a red ring in the center", num_inference_steps=1)
+        dense = generator.generate("a red ring in the center", num_inference_steps=1, dense=True)
+    assert clip.reports[0].calls == {"sparse": 0, "full": 5, "dense": 0}
+    assert np.array_equal(clip.frames, dense.frames)
 
 
 def test_clips_are_saved_as_soon_as_they_are_made(tmp_path):
