@@ -143,8 +143,9 @@ def _print_json(device: torch.device, found: dict[tuple[str, str], Rates], folde
 
 
 Verb = Literal[
-    "kernels", "video", "quality", "pruning", "prefill", "roofline", "plot", "table", "quality-table", "pruning-table"
-]
+    "kernels", "gpu", "roofline", "plot", "table", "video", "quality", "quality-table", "pruning", "pruning-table", "acting",
+    "acting-table", "prefill", "backbones", "backbones-table", "digits", "digits-table",
+]  # fmt: skip
 
 
 def bench(

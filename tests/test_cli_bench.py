@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import sys
+from typing import get_args
 
 import pytest
 import torch
+import typer
 
 import mmeff
 from mmeff import cli, cli_bench
@@ -147,3 +149,9 @@ def test_bench_without_a_checkout_says_where_it_is(mmeff_cli, tmp_path, monkeypa
     assert code == cli.Exit.ERROR
     assert "come with the repository and not with the installed package" in err
     assert "Clone the repository" in err
+
+
+def test_bench_offers_every_command_of_the_benchmarks():
+    from benchmarks.__main__ import app
+
+    assert sorted(get_args(cli_bench.Verb)) == sorted(typer.main.get_command(app).commands)
