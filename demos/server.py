@@ -62,12 +62,13 @@ def serve(
     app = build_app(service)
     most = service.settings.queue
     app.queue(max_size=2 * most + 64, default_concurrency_limit=8, api_open=False)
-    script = f"<script type='module'>{(STATIC / 'demo.js').read_text('utf-8')}</script>"
+    head = f"<style>{(STATIC / 'page.css').read_text('utf-8')}</style>"
+    head += f"<script type='module'>{(STATIC / 'demo.js').read_text('utf-8')}</script>"
     _, url, shared = app.launch(
         server_name=host, server_port=port, share=share, prevent_thread_lock=True, quiet=True, inbrowser=False,
         show_error=False, footer_links=[], run_history=False, enable_monitoring=False, ssr_mode=False, mcp_server=False,
         pwa=False, max_threads=most + 48, max_file_size=int(service.settings.max_upload_mb * 1_000_000),
-        allowed_paths=[], theme=theme(), css_paths=sorted(STATIC.glob("*.css")), head=script,
+        allowed_paths=[], theme=theme(), css_paths=sorted(STATIC.glob("*.css")), head=head,
         favicon_path=STATIC / "favicon.svg", app_kwargs={"routes": [_route(service)], "docs_url": None, "redoc_url": None},
     )  # fmt: skip
     if warm:

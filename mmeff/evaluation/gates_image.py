@@ -105,7 +105,7 @@ def image_gate(
 def setting(figure: dict[str, Any]) -> str:
     """How a row of `SPARSE` is named in tables."""
     if figure["method"] == "rectifiedspaattn":
-        return f"{'Rectified SpaAttn' if figure.get('rectify', True) else 'its top-k without rectification'}, drop {figure['drop']}"
+        return f"{'Rectified SpaAttn' if figure.get('rectify', True) else 'the same choice without rectification'}, drop {figure['drop']}"
     name = {"gna": "GNA", "slidingtile": "SlidingTile"}[figure["method"]]
     unit = "tokens" if figure["method"] == "gna" else "tiles"
     return f"{name}, window {figure['window'][1]} x {figure['window'][2]} {unit}"
@@ -116,11 +116,10 @@ def table(gate: dict[str, Any]) -> str:
     rows = [("dense", "1", "", "", gate["dense_compared"]), ("dense, other noise", "1", *_dB(gate["other_noise"]))]
     rows += [(setting(r), f"{r['density']:.3f}", *_dB(r)) for r in gate["sparse"]]
     lines = [
-        f"| {name} | {density} | {raw} | {corrected} | {s['shape']:.3f} | {s['all']:.3f} |"
-        for name, density, raw, corrected, s in rows
+        f"| {name} | {density} | {raw} | {corrected} | {s['all']:.3f} |" for name, density, raw, corrected, s in rows
     ]
-    head = "| attention | density | PSNR to dense, dB | background-corrected, dB | shape right | all right |"
-    return "\n".join([head, "|---|---|---|---|---|---|", *lines])
+    head = "| attention | density | PSNR to dense, dB | background-corrected, dB | all right |"
+    return "\n".join([head, "|---|---|---|---|---|", *lines])
 
 
 def _dB(figure: dict[str, Any]) -> tuple[str, str, dict[str, float]]:
@@ -197,7 +196,8 @@ torch {where["torch"]}, diffusers {where["diffusers"]}; `log.jsonl` holds every 
 
 ## What it cannot tell you
 
-* One object on a flat background: at half density nothing can be lost but the shift of a colour and the edge of a shape.
+* The detector wants a flat background: a picture is not found where that falls apart, which it does where no token sees all of
+  it. This says more about windows on flat pictures than about windows on photographs.
 * The bag of words reaches every layer through modulation, so less depends on attention between text and picture than in a
   real Flux.
 * Fresh means the same generator with another seed; all {len(stills.all_prompts())} prompts were seen in training. Rankings of methods do not
