@@ -24,6 +24,9 @@ def digits(
         Path | None,
         typer.Option("--out", "-o", help="JSONL file to append to.  [default: benchmarks/results/digits.jsonl]"),
     ] = None,
+    weights: Annotated[
+        Path | None, typer.Option(help="Folder for the weights that the kernel paths learn.  [default: not kept]")
+    ] = None,
 ) -> None:
     """Train every family of backbones on handwritten digits, on our kernels and on their reference.
 
@@ -40,7 +43,9 @@ def digits(
     machine = Machine.here(torch.device("cpu"))
     out = out or learned.ROWS
     with progress() as tick:
-        done, before, left = learned.run(only=tuple(only or ()), seconds=seconds, out=out, machine=machine, tick=tick)
+        done, before, left = learned.run(
+            only=tuple(only or ()), seconds=seconds, out=out, machine=machine, tick=tick, weights=weights
+        )
     print(f"runs done: {done}, before: {before}, left: {left}; rows: {out}")
 
 

@@ -29,6 +29,7 @@ from torch.nn import functional as F
 import mmeff
 import mmeff.vision_backbones  # registers the models
 from mmeff.kernels import record
+from mmeff.tiny import digit_backbones
 from mmeff.vision_backbones.windowattention import WindowAttention
 
 from . import scored
@@ -110,12 +111,14 @@ FAMILIES = (
 
 
 class Pictures(NamedTuple):
-    """Pictures (N, 1, S, S), about mean 0 and deviation 1, and their digits (N,)."""
+    """Pictures (N, 1, S, S), about mean 0 and deviation 1, and their digits (N,); what pixels in [0, 1] had of both."""
 
     train: Tensor
     train_digits: Tensor
     test: Tensor
     test_digits: Tensor
+    mean: float
+    std: float
 
 
 def pictures(pixels: int) -> Pictures:
@@ -132,13 +135,14 @@ def pictures(pixels: int) -> Pictures:
     data, digits = load_digits(return_X_y=True)
     x = torch.from_numpy(data).float().view(-1, 1, 8, 8) / 16
     y = torch.from_numpy(digits).long()
-    x = F.interpolate((x - x.mean()) / x.std(), (pixels, pixels), mode="bilinear", align_corners=False)
+    mean, std = float(x.mean()), float(x.std())
+    x = F.interpolate((x - mean) / std, (pixels, pixels), mode="bilinear", align_corners=False)
     order = torch.randperm(len(y), generator=torch.Generator().manual_seed(SEED))
     held = torch.zeros(len(y), dtype=torch.bool)
     for digit in range(10):
         of_digit = order[y[order] == digit]
         held[of_digit[: round(HELD_OUT * len(of_digit))]] = True
-    return Pictures(x[~held], y[~held], x[held], y[held])
+    return Pictures(x[~held], y[~held], x[held], y[held], mean, std)
 
 
 def batches(data: Pictures, epochs: int, batch: int = BATCH) -> Iterable[tuple[Tensor, Tensor]]:
@@ -181,6 +185,20 @@ def train(family: Family, path: str, data: Pictures, tick: Callable[[int, int], 
             raise RuntimeError(f"{family.name} diverges on the {path} path: loss {losses[-1]} in step {len(losses)}")
         tick(len(losses), steps)
     return model.eval(), losses
+
+
+def keep(model: Any, family: Family, data: Pictures, folder: Path, seconds: float) -> None:
+    """Write a trained model as one of `mmeff.tiny.backbones`, with the accuracy that it has after rounding to float16."""
+    name, pixels = f"digits-{family.name}", family.pixels
+    config = {
+        "model": family.model, "args": {"in_chans": 1, "num_classes": 10, "drop_path_rate": 0.0, **family.small},
+        "input_size": [1, pixels, pixels], "mean": [data.mean], "std": [data.std], "classes": [str(i) for i in range(10)],
+    }  # fmt: skip
+    digit_backbones.save(model, folder, name, config)
+    rounded, _ = digit_backbones.load(folder, name)
+    found = accuracy(rounded, data.test, data.test_digits)
+    about = {"held_out": len(data.test), "accuracy": round(found, 5), "processor_seconds": round(seconds, 1)}
+    digit_backbones.save(model, folder, name, {**config, **about})
 
 
 @torch.no_grad()
@@ -240,9 +258,17 @@ def read(path: Path) -> dict[str, Row]:
 
 
 def run(
-    *, only: tuple[str, ...], seconds: float | None, out: Path, machine: Machine, tick: Callable[[str, int, int], None]
+    *,
+    only: tuple[str, ...],
+    seconds: float | None,
+    out: Path,
+    machine: Machine,
+    tick: Callable[[str, int, int], None],
+    weights: Path | None = None,
 ) -> tuple[int, int, int]:
     """Train what the file does not hold. Returns the runs done, done before and left.
+
+    weights: folder for what the kernel paths have learnt, as the models of `mmeff.tiny.backbones`.
 
     Raises: RuntimeError if a run misses the bar; its row is written all the same.
     """
@@ -254,7 +280,7 @@ def run(
         if seconds is not None and time.perf_counter() - began > seconds:
             break
         name = variant(family, way)
-        row = measure(family, way, machine, partial(tick, name))
+        row = measure(family, way, machine, partial(tick, name), weights if way == KERNEL else None)
         scored.append(out, [row])
         done += 1
         if row.accuracy < BAR:
@@ -264,8 +290,10 @@ def run(
     return done, len(asked) - len(work), len(work) - done
 
 
-def measure(family: Family, path: str, machine: Machine, tick: Callable[[int, int], None]) -> Row:
-    """One run."""
+def measure(
+    family: Family, path: str, machine: Machine, tick: Callable[[int, int], None], weights: Path | None = None
+) -> Row:
+    """One run; its weights go to the folder `weights`."""
     data = pictures(family.pixels)
     with record() as calls:
         family.build(path)(data.train[:BATCH])
@@ -273,6 +301,8 @@ def measure(family: Family, path: str, machine: Machine, tick: Callable[[int, in
     model, losses = train(family, path, data, tick)
     seconds = time.process_time() - began
     found = accuracy(model, data.test, data.test_digits)
+    if weights is not None:
+        keep(model, family, data, weights, seconds)
     return Row(
         variant=variant(family, path), setting=family.setting(path), family=family.name, path=path, model=family.model,
         parameters=sum(p.numel() for p in model.parameters()), accuracy=round(found, 5),

@@ -1,7 +1,8 @@
 """Two vision backbones look at one picture: what they take it for, what their stages see, and how fast they are, in turn.
 
-Any model that timm knows, those of `mmeff.vision_backbones` among them. Nothing is downloaded: weights come from a folder that
-the settings name, and are random where it holds none, which every result says.
+Any model that timm knows, those of `mmeff.vision_backbones` among them. Nothing is downloaded: weights come with the embedded
+models, which read handwritten digits, or from a folder that the settings name; where there are none they are random, which every
+result says.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mmeff import tiny
 from mmeff.errors import UnknownMethod, UnsupportedModel, suggest
 
 from .looks import DIRECTIONS, OURS, At, Look, Seen, Sight
@@ -32,7 +34,7 @@ if TYPE_CHECKING:
 
 # Offered before timm is imported; any other of its names can be typed.
 SUGGESTED = (
-    "nat_mini", "dinat_mini", "nat_tiny", "dinat_tiny", "dinat_s_tiny", "nat_iso_small", "biformer_tiny", "focalnet_tiny_iso",
+    *tiny.backbones(), "nat_mini", "dinat_mini", "nat_tiny", "dinat_tiny", "dinat_s_tiny", "nat_iso_small", "biformer_tiny", "focalnet_tiny_iso",
     "maxvit_tiny_rw_224", "maxvit_pico_rw_256", "swin_tiny_patch4_window7_224", "convnext_tiny", "resnet18",
     "vit_tiny_patch16_224",
 )  # fmt: skip
@@ -63,19 +65,23 @@ class Backbones:
         self._building = threading.Lock()
 
     def names(self) -> list[str]:
-        """Every name that can be asked for, ours first; imports timm."""
+        """Every name that can be asked for, the embedded and ours first; imports timm."""
         import timm
 
         from mmeff.vision_backbones import registered
 
         ours = registered()
-        return [*ours, *(name for name in timm.list_models() if name not in ours)]
+        return [*tiny.backbones(), *ours, *(name for name in timm.list_models() if name not in ours)]
 
     def note(self, names: tuple[str, ...]) -> str:
         """What must be known about the weights of these models; empty where all have trained ones."""
-        without = [name for name in dict.fromkeys(names) if self._weights(name) is None]
+        embedded = [name for name in dict.fromkeys(names) if name in tiny.backbones()]
+        without = [name for name in dict.fromkeys(names) if name not in embedded and self._weights(name) is None]
         if not without:
-            return ""
+            return "" if not embedded else (
+                f"Tiny models: {', '.join(embedded)}. They learnt handwritten digits in this project, bright strokes on dark ground, and "
+                "take every picture for one"
+            )  # fmt: skip
         return (
             f"Random weights: {', '.join(without)}. Feature maps show what the architecture does to a picture, not what it learned, and "
             "there are no classes. Speed hardly depends on weights. With a folder of checkpoints "
@@ -156,6 +162,15 @@ class Backbones:
         from mmeff.accelerate import find_host
         from mmeff.registry import build
 
+        if name in tiny.backbones():
+            if how == OURS:
+                raise UnsupportedModel(
+                    f"{name} has no window attention that mmeff can take over; run it as timm runs it"
+                )
+            model, config = tiny.backbone(name)
+            if size:
+                config = {**config, "input_size": (config["input_size"][0], size, size)}
+            return _Model(model, config, False, sum(p.numel() for p in model.parameters()))
         if not timm.is_model(name):
             names = self.names()
             raise UnknownMethod(f"timm has no model called {name!r}.{suggest(name, names)}")
@@ -215,14 +230,20 @@ def _created(name: str, size: int, **given: Any) -> Any:
 
 
 def _prepared(image: Any, config: dict[str, Any]) -> tuple[Image, Any]:
-    """A picture as a model gets it: to look at, and as a tensor (1, 3, H, W)."""
+    """A picture as a model gets it: to look at, and as a tensor (1, C, H, W)."""
     import timm
     import torch
     from PIL import Image as Pictures
 
     size = config["input_size"]
+    if size[0] == 1:
+        grey = image.convert("L").resize((size[2], size[1]), Pictures.Resampling.BICUBIC)
+        pixels = torch.from_numpy(np.array(grey, dtype=np.float32)) / 255
+        return grey.convert("RGB"), ((pixels - config["mean"][0]) / config["std"][0])[None, None]
     if size[0] != 3:
-        raise ValueError(f"only models of colour pictures can be shown here, and this one takes {size[0]} channels")
+        raise ValueError(
+            f"only models of grey or colour pictures can be shown here, and this one takes {size[0]} channels"
+        )
     x = timm.data.create_transform(**{**config, "input_size": size}, is_training=False)(image.convert("RGB"))
     mean, deviation = (torch.tensor(config[key])[:, None, None] for key in ("mean", "std"))
     pixels = ((x * deviation + mean).clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()

@@ -7,6 +7,9 @@ from typing import Any
 
 import gradio as gr
 
+from mmeff import tiny
+from mmeff.tiny import digit_backbones
+
 from . import views, views_backbones
 from .app import Page
 from .backbones import SUGGESTED
@@ -16,12 +19,20 @@ from .uploads import Uploads
 
 SWIN, MAXVIT = "swin_tiny_patch4_window7_224", "maxvit_tiny_rw_224"
 PAIRS = {  # first model and how it runs, second model and how it runs
+    "digits, BiFormer against DiNAT": ("digits-biformer", STOCK, "digits-dinat_s", STOCK),
     "NAT against Swin": ("nat_mini", STOCK, SWIN, STOCK),
     "BiFormer against DiNAT": ("biformer_tiny", STOCK, "dinat_mini", STOCK),
     "MaxViT, timm against ours": (MAXVIT, STOCK, MAXVIT, OURS),
     "Swin, timm against ours": (SWIN, STOCK, SWIN, OURS),
 }
 PICTURES = ("scene-2.png", "scene-1.jpg", "scene-3.png")
+DIGITS = ("digit-3.png", "digit-5.png", "digit-8.png")  # handwritten, of those that the embedded models never saw
+
+
+def shown() -> list[str]:
+    """Pictures to try, digits first."""
+    folder = tiny.data_folder() / digit_backbones.FOLDER
+    return [str(folder / name) for name in DIGITS] + [sample(name) for name in PICTURES]
 
 
 def build(service: Any, page: Page) -> None:
@@ -45,10 +56,10 @@ class Panel:
         first = next(iter(PAIRS.values()))
         with gr.Row(elem_classes="mm-panes"):
             with gr.Column(scale=5, min_width=320, elem_classes="mm-left"):
-                self.image = gr.Image(sample(PICTURES[0]), label="Picture", type="filepath", height=230,
+                self.image = gr.Image(shown()[0], label="Picture", type="filepath", height=230,
                                       sources=["upload", "clipboard"], elem_id="backbones-image")  # fmt: skip
                 gr.Examples(
-                    [[sample(name)] for name in PICTURES],
+                    [[path] for path in shown()],
                     [self.image],
                     label="Pictures to try",
                     elem_id="backbones-pictures",
@@ -58,7 +69,7 @@ class Panel:
                     with gr.Group():
                         self.models.append(gr.Dropdown(
                             list(SUGGESTED), value=name, label=f"{which} model", allow_custom_value=True,
-                            info="any name of timm may be typed; ours are nat, dinat, biformer, focalnet..._iso and their kin",
+                            info="digits- read digits; any name of timm may be typed; ours are nat, dinat, biformer, focalnet..._iso",
                             elem_id=f"backbones-{which.lower()}",
                         ))  # fmt: skip
                         self.hows.append(

@@ -50,6 +50,23 @@ def vla(*, device: str = "cpu", attention: str = "sdpa") -> tuple[Any, Any]:
     return load_vla(data_folder() / "tiny-vla", device=device, attention=attention)
 
 
+def backbones() -> tuple[str, ...]:
+    """Names of the embedded vision backbones, which read handwritten digits."""
+    from mmeff.tiny import digit_backbones
+
+    return digit_backbones.names(data_folder() / digit_backbones.FOLDER)
+
+
+def backbone(name: str) -> tuple[Any, dict[str, Any]]:
+    """An embedded timm model in float32, and its config: `input_size` (C, H, W), `mean` and `std` of pixels in [0, 1].
+
+    Raises: ValueError for a name that is not one of `backbones()`.
+    """
+    from mmeff.tiny import digit_backbones
+
+    return digit_backbones.load(data_folder() / digit_backbones.FOLDER, name)
+
+
 def load_vlm(folder: str | Path, *, device: str = "cpu", attention: str = "sdpa") -> tuple[Any, Any]:
     """A tiny VLM from its folder; see `vlm`."""
     import torch

@@ -26,8 +26,23 @@ def look(page, pixels=64):
     expect(page.locator("#backbones-go")).to_be_enabled()
 
 
-def test_two_models_look_at_a_picture(open_page, screenshot):
+def test_two_models_read_a_digit(open_page, screenshot):
+    """The page as it opens: one press, and both embedded models say which digit it is."""
     page = open_page("Backbones")
+    expect(page.locator("#backbones-banner")).to_contain_text("Tiny models: digits-biformer, digits-dinat_s")
+    page.locator("#backbones-go").click()
+    cards = page.locator("#backbones-result section")
+    expect(cards).to_have_count(2)
+    for i in (0, 1):
+        expect(cards.nth(i).locator(".mm-classes li").first).to_contain_text("class 3")
+    expect(page.locator("#backbones-go")).to_be_enabled()
+    page.wait_for_timeout(500)
+    screenshot(page, "backbones", full_page=True)
+
+
+def test_two_models_look_at_a_picture(open_page):
+    page = open_page("Backbones")
+    choose(page, "first", "nat_mini")
     expect(page.locator("#backbones-banner")).to_contain_text("Random weights: nat_mini")
     choose(page, "second", "resnet18")
     expect(page.locator("#backbones-banner")).to_contain_text("resnet18")
@@ -38,8 +53,6 @@ def test_two_models_look_at_a_picture(open_page, screenshot):
     expect(cards.nth(0)).to_contain_text("No classes: the weights are random")
     assert cards.nth(0).locator(".mm-strip img").count() == 4 and cards.nth(1).locator(".mm-strip img").count() == 5
     expect(page.locator("#backbones-result .mm-where")).to_contain_text("rounds in which both ran in turn, on")
-    page.wait_for_timeout(500)
-    screenshot(page, "backbones", full_page=True)
 
 
 def test_timm_against_ours_on_a_phone(open_page):

@@ -17,7 +17,7 @@ from demos.backbones import Backbones, _drawn
 from demos.looks import DIRECTIONS, OURS, STOCK, STRENGTH, At, Look, Seen, Sight
 from demos.settings import Settings
 from demos.tab_ask import sample
-from demos.tab_backbones import PAIRS, Panel
+from demos.tab_backbones import DIGITS, PAIRS, Panel, shown
 from demos.turns import Turns
 from mmeff.errors import MediaError, UnknownMethod, UnsupportedModel
 from mmeff.pipelines import Cancelled
@@ -34,6 +34,27 @@ def backbones():
 def last(run):
     *steps, result = run
     return steps, result
+
+
+# ---------------------------------------------------------------- the embedded models
+
+
+def test_embedded_models_read_digits_that_they_never_saw(backbones):
+    names = ("digits-biformer", "digits-dinat_s")
+    assert set(names) <= set(backbones.names()) and backbones.note(names).startswith(
+        "Tiny models: digits-biformer, digits-dinat_s."
+    )
+    assert "Random weights: nat_mini." in backbones.note(("digits-biformer", "nat_mini"))
+    for path in shown()[: len(DIGITS)]:
+        _, sight = last(backbones.run(Look(image=Image.open(path), models=names, batch=0), "v"))
+        wanted = f"class {path.rpartition('-')[2][0]}"
+        for one in sight.seen:
+            assert one.classes[0][0] == wanted and one.classes[0][1] > 0.5 and not one.random and one.maps
+            assert one.size == (48, 48) and one.parameters < 600_000
+    _, sight = last(backbones.run(Look(**SMALL, models=names, batch=0), "v"))  # a coloured scene, at another size
+    assert all(one.size == (64, 64) for one in sight.seen)
+    with pytest.raises(UnsupportedModel, match="digits-biformer has no window attention"):
+        list(backbones.run(Look(**SMALL, models=names, how=(OURS, STOCK)), "v"))
 
 
 # ---------------------------------------------------------------- what is refused

@@ -17,7 +17,7 @@ from mmeff.tiny import clips, export, scenes, stills, train_vlm
 DATA = tiny.data_folder()
 
 
-MODELS = ["tiny-vlm", "tiny-video", "tiny-video-vlm", "tiny-vla", "tiny-image"]
+MODELS = ["tiny-vlm", "tiny-video", "tiny-video-vlm", "tiny-vla", "tiny-image", "tiny-backbones"]
 
 
 @pytest.mark.parametrize("name", [*MODELS, "samples"])

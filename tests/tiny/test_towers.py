@@ -201,7 +201,9 @@ def test_methods_that_look_at_the_encoder_refuse_it(net, inputs):
     for name in ("visionzip", "vtccls"):
         with pytest.raises(UnsupportedModel, match="needs the class token, which the llava host does not have"):
             mmeff.accelerate(net, name)
-    with pytest.raises(UnsupportedModel, match="TimmWrapperModel has no layers where encoders of known families have them"):
+    with pytest.raises(
+        UnsupportedModel, match="TimmWrapperModel has no layers where encoders of known families have them"
+    ):
         mmeff.accelerate(net, "zooprune")
     with torch.no_grad():
         assert torch.equal(net(**inputs).logits, before), "a refused method leaves nothing behind"
