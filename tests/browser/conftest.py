@@ -25,7 +25,7 @@ def server():
     pytest.importorskip("gradio", reason="Gradio is not installed; it is in mmeff[demo]")
     from demos import Settings, serve
 
-    running = serve(Settings(per_user=2, max_upload_mb=1), port=None, warm=False)
+    running = serve(Settings(per_user=2, max_upload_mb=1, max_steps=1000), port=None, warm=False)
     yield running
     running.close()
 

@@ -16,6 +16,8 @@ from mmeff.registry import build
 from mmeff.tiny import clips
 from mmeff.video_io import read
 
+LONG = 900  # steps, minutes of work: a run that ends before it is stopped shows nothing
+
 
 def files(page, server, tmp_path, kind="video"):
     """Every file that the result offers, by its name, as the browser fetches it."""
@@ -118,14 +120,14 @@ def test_images(open_page, server, tmp_path, screenshot):
 def test_cancel_stops_between_steps_and_the_next_run_works(open_page, server):
     page = open_page()
     planned(page)
-    settle(page, steps=100)
+    settle(page, steps=LONG)
     page.locator("#video-go").click()
     progress = page.locator("#video-progress")
-    expect(progress).to_contain_text(re.compile(r"step [1-9]\d? of 100"))
+    expect(progress).to_contain_text(re.compile(rf"step [1-9]\d* of {LONG}"))
     page.locator("#video-cancel").click()
     expect(progress).to_contain_text("Stopped: cancelled after step")
-    done = int(re.search(r"after step (\d+) of 100", progress.inner_text()).group(1))
-    assert done < 100 and server.service.turns.waiting == 0
+    done = int(re.search(rf"after step (\d+) of {LONG}", progress.inner_text()).group(1))
+    assert done < LONG and server.service.turns.waiting == 0
     assert server.service.models.load(server.service.models.offers["tiny-video"]).handle is None
     expect(page.locator("#video-cancel")).to_be_disabled()
     page.locator("label", has_text="steps").locator("visible=true").locator("input").first.fill("6")
@@ -136,9 +138,9 @@ def test_cancel_stops_between_steps_and_the_next_run_works(open_page, server):
 def test_a_visitor_who_leaves_leaves_no_run(open_page, server):
     page = open_page()
     planned(page)
-    settle(page, steps=100)
+    settle(page, steps=LONG)
     page.locator("#video-go").click()
-    expect(page.locator("#video-progress")).to_contain_text(re.compile(r"step [1-9]\d? of 100"))
+    expect(page.locator("#video-progress")).to_contain_text(re.compile(rf"step [1-9]\d* of {LONG}"))
     assert server.service.turns.waiting == 1
     page.close()
     stop = time.monotonic() + 60
@@ -146,7 +148,7 @@ def test_a_visitor_who_leaves_leaves_no_run(open_page, server):
         time.sleep(0.1)
     assert server.service.turns.waiting == 0
     finished = [dict(sizes)["num_inference_steps"] for _, _, _, sizes, _ in server.service.generating._dense._clips]
-    assert 100 not in finished  # it was stopped, and did not come to its end meanwhile
+    assert LONG not in finished  # it was stopped, and did not come to its end meanwhile
 
 
 def test_errors_are_messages_and_the_page_stays_usable(open_page):

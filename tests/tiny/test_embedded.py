@@ -104,6 +104,18 @@ def test_image_pipeline_is_stock_and_draws_what_is_asked():
     assert names == ("green", "cross", "center")
 
 
+def test_the_image_models_table_is_current():
+    """The card and the page that quotes it hold the figures of gate.json, which holds those of every method of the gate."""
+    gate = json.loads((DATA / "tiny-image" / "gate.json").read_text())
+    assert [{k: r[k] for k in f} for r, f in zip(gate["sparse"], gates_image.SPARSE, strict=True)] == json.loads(
+        json.dumps(gates_image.SPARSE)
+    )
+    assert gates_image.table(gate) in (DATA / "tiny-image" / "README.md").read_text()
+    page = DATA.parent / "docs" / "training.md"
+    if page.is_file():  # an installed package has no docs
+        assert gates_image.table(gate) in page.read_text()
+
+
 def test_an_image_of_another_size_runs_sparse():
     pipeline = tiny.image_pipeline()
     with mmeff.accelerate(pipeline, "gna", window=(1, 5, 5)) as handle:
