@@ -345,7 +345,9 @@ def test_mistakes_when_it_is_made(loaded, tmp_path):
     model, processor = loaded
     with pytest.raises(UnknownMethod, match="Did you mean 'FastV'"):
         VisionLanguageModel("/no/such/model", "fastvv")  # before the model is looked for
-    with pytest.raises(UnsupportedModel, match="tiny-video is a pipeline of videos or pictures and answers no questions"):
+    with pytest.raises(
+        UnsupportedModel, match="tiny-video is a pipeline of videos or pictures and answers no questions"
+    ):
         VisionLanguageModel("tiny-video", device="cpu")
     with pytest.raises(TypeError, match="needs its processor"):
         VisionLanguageModel(model)
