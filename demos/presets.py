@@ -23,7 +23,7 @@ _PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         "slidingtile": {"window": (1, 4, 4), "tile": (1, 4, 4), "dense_steps": 5},
         "vmoba": {"threshold": None, "top_k": (9,), "chunks": ((4, 4),), "dense_steps": 5},
         "rectifiedspaattn": {
-            "drop": 0.5, "p_threshold": 0.0, "block": 16, "first_frame": False, "neighbours": False, "dense_layers": 0,
+            "drop": 0.5, "p_threshold": 0.0, "block": 4, "first_frame": False, "neighbours": False, "dense_layers": 0,
         },
     },
 }  # fmt: skip
