@@ -48,9 +48,13 @@ class Generating:
 
     def defaults(self, model: str) -> dict[str, Any]:
         """A model's own sizes, what it takes, and what must be known about it; loads the model."""
+        from mmeff.pipelines.loading import guided
+
         generator = self.models.load(self.models.offer(model, "video", "image"))
         given = inspect.signature(generator.pipe.__call__).parameters
         values = {name: p.default for name, p in given.items() if name in SIZES} | generator.defaults
+        if not guided(generator.pipe):
+            values.pop("guidance_scale", None)
         image = given.get("image")
         return {
             **{name: values.get(name) for name in SIZES},

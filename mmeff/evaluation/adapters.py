@@ -91,9 +91,13 @@ class Videos:
     """A `VideoGenerator` that makes the videos of samples.
 
     Args: generator: the pipeline. settings: of its call, such as `height`, `num_frames`, `num_inference_steps`, `fps`.
+    Raises: ValueError: a setting that the pipeline would ignore.
     """
 
     def __init__(self, generator: Any, **settings: Any) -> None:
+        from mmeff.pipelines.loading import check_honoured
+
+        check_honoured(generator.pipe, settings)
         self.generator, self.settings = generator, settings
 
     def prepare(self, sample: Any) -> Prepared:

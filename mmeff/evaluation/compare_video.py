@@ -3,7 +3,6 @@ each part. A picture is a video of one frame, and is written as one."""
 
 from __future__ import annotations
 
-import inspect
 import time
 from collections.abc import Sequence
 from typing import Any, cast
@@ -21,7 +20,7 @@ from mmeff.evaluation.page import Figure, Listing, Section, Table, Videos
 from mmeff.evaluation.pictures import density_map, side_by_side, strip, time_split
 from mmeff.evaluation.run_folder import RunFolder
 from mmeff.handle import describe_model, model_note
-from mmeff.pipelines.loading import makes_pictures
+from mmeff.pipelines.loading import check_honoured, makes_pictures
 from mmeff.report import Report
 from mmeff.video_io import to_uint8
 
@@ -143,17 +142,7 @@ def check_picture(
     who = type(pipeline).__name__
     if num_frames not in (None, 1):
         raise ValueError(f"{who} makes pictures, so num_frames must be 1 or left out, got {num_frames}")
-    denoiser = getattr(pipeline, "transformer", None)
-    if guidance_scale is not None and getattr(getattr(denoiser, "config", None), "guidance_embeds", None) is False:
-        raise ValueError(
-            f"this {who} has no guidance embedding, so guidance_scale={guidance_scale} would change nothing; leave it out"
-        )
-    true_scale = inspect.signature(pipeline.__call__).parameters.get("true_cfg_scale")
-    if negative_prompt is not None and true_scale is not None and true_scale.default <= 1:
-        raise ValueError(
-            f"{who} reads a negative prompt only with true_cfg_scale > 1, which a comparison leaves at "
-            f"{true_scale.default}; leave negative_prompt out"
-        )
+    check_honoured(pipeline, {"guidance_scale": guidance_scale, "negative_prompt": negative_prompt})
 
 
 COLUMNS = ("variant", "median s", "speedup", "predicted", "density", "PSNR dB", "bg-corrected", "SSIM", "bg shift")

@@ -6,6 +6,7 @@ Weights are safetensors, nothing is unpickled, and no code from a repository run
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -98,6 +99,34 @@ def load(source: str, *, device: str = "auto", dtype: str = "auto") -> Loaded:
 def makes_pictures(pipeline: Any) -> bool:
     """Whether a pipeline makes pictures: its call takes no number of frames."""
     return "num_frames" not in inspect.signature(pipeline.__call__).parameters
+
+
+def check_honoured(pipeline: Any, settings: Mapping[str, Any]) -> None:
+    """Raise ValueError for settings of a call that this pipeline takes and would then ignore.
+
+    Args:
+        settings: what the caller gave, by the names of the pipeline's call; None counts as not given.
+    """
+    who = type(pipeline).__name__
+    guidance, negative = settings.get("guidance_scale"), settings.get("negative_prompt")
+    if guidance is not None and not guided(pipeline):
+        raise ValueError(
+            f"this {who} has no guidance embedding, so guidance_scale={guidance} would change nothing; leave it out"
+        )
+    true_scale = inspect.signature(pipeline.__call__).parameters.get("true_cfg_scale")
+    if negative is not None and true_scale is not None:
+        scale = settings.get("true_cfg_scale", true_scale.default)
+        if scale <= 1:
+            raise ValueError(
+                f"{who} reads a negative prompt only with true_cfg_scale > 1, and it is {scale}; leave negative_prompt out, or "
+                "raise true_cfg_scale where you can pass it"
+            )
+
+
+def guided(pipeline: Any) -> bool:
+    """Whether `guidance_scale` can change what a pipeline makes: distilled Flux models take it, and have nowhere to put it."""
+    config = getattr(getattr(pipeline, "transformer", None), "config", None)
+    return getattr(config, "guidance_embeds", None) is not False
 
 
 def _dtype(name: str, device: str) -> Any:

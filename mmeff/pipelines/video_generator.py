@@ -25,7 +25,7 @@ import torch
 from mmeff.evaluation.comparison import Tick, silent
 from mmeff.handle import model_note
 from mmeff.pipelines._wrapper import Cancel, Cancelled, Wrapper, check_names, check_prompts, picture, resolved, taken
-from mmeff.pipelines.loading import EMBEDDED, Kind, makes_pictures
+from mmeff.pipelines.loading import EMBEDDED, Kind, check_honoured, guided, makes_pictures
 from mmeff.pipelines.recipe import PICTURE, Recipe, check_out, save
 from mmeff.report import Report
 from mmeff.video_io import to_uint8
@@ -195,6 +195,7 @@ class VideoGenerator(Wrapper):
                 f"cannot write {stills[0]}: {type(self.pipe).__name__} makes videos; name it .mp4, .mov or .mkv"
             )
         call, rate = self._settings(settings, fps)
+        check_honoured(self.pipe, {**call, "negative_prompt": negative_prompt})
         images = self._images(image, len(texts))
         size = _batch_size(batch_size, len(texts), with_image=image is not None)
         recipe = self._recipe(call, rate, dense)
@@ -257,6 +258,7 @@ class VideoGenerator(Wrapper):
                 )
             if name in _COUNTS and (type(value) is not int or value < 1):
                 raise ValueError(f"{name} must be an int >= 1, got {value!r}")
+        check_honoured(self.pipe, settings)
 
     def _settings(self, given: Mapping[str, Any], fps: float | None) -> tuple[dict[str, Any], float]:
         """The pipeline call with its own defaults written out, so that a recipe outlives them; and frames per second."""
@@ -270,6 +272,8 @@ class VideoGenerator(Wrapper):
             for name, parameter in inspect.signature(self.pipe.__call__).parameters.items()
             if name not in _ADVICE and isinstance(parameter.default, bool | int | float)
         }
+        if not guided(self.pipe):
+            own.pop("guidance_scale", None)
         call = {**own, **self.defaults, **given}
         # Cosmos and LTX condition on a rate, under two names
         told = next((name for name in ("fps", "frame_rate") if name in self._names), None)

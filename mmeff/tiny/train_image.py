@@ -8,40 +8,30 @@ recipe is `ImageRecipe`; its budget is counted in steps, never in seconds. `trai
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from mmeff import training
-from mmeff.tiny import image_model, stills
+from mmeff.tiny import flow, image_model, stills
 
-CHECKPOINT_EVERY = 250  # steps
 QUICK_EVERY = 150  # steps between two quick scores
 GATE = {"found": 0.85, "colour": 0.85, "shape": 0.85, "place": 0.85, "all": 0.85}
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImageRecipe:
+class ImageRecipe(flow.FlowRecipe):
     """Everything that decides the weights."""
 
-    seed: int = 1
     half_steps: int = 600  # steps on pictures of half the size
     full_steps: int = 450  # steps on pictures of full size
     half_batch: int = 32
     full_batch: int = 16
-    lr: float = 3e-3
-    warmup: int = 60
-    constant: float = 0.3  # fraction of all steps before the linear decay
     ema: float = 0.995  # short, so that the average forgets the pictures of half the size
-    text_dropout: float = 0.1  # share of pictures trained without their text, for classifier-free guidance
-    sigma_std: float = 1.2  # of the logit-normal noise level, before the shift
 
 
 class Student(nn.Module):
@@ -99,24 +89,12 @@ def _batch(recipe: ImageRecipe, step: int) -> dict[str, Any]:
     index = stills.prompt_index(labels)
     index[draw.uniform(size=size) < recipe.text_dropout] = len(texts) - 1
     chosen = torch.from_numpy(index)
-    noise = torch.randn(latents.shape, generator=training.torch_rng(recipe.seed, step))
-    s = torch.from_numpy(1 / (1 + np.exp(-recipe.sigma_std * draw.standard_normal(size)))).float()
-    sigma = image_model.SHIFT * s / (1 + (image_model.SHIFT - 1) * s)
-    mixed = sigma[:, None, None] * noise + (1 - sigma[:, None, None]) * latents
-    # The pipeline pads text to 512 by default; other lengths are met by training on all of them.
-    padding = float(np.exp(draw.uniform(0, np.log(512 - image_model.TEXT_TOKENS))))
-    return {
-        "latents": mixed, "target": noise - latents, "sigma": sigma, "text": texts[chosen], "pooled": bags[chosen],
-        "padding": padding,
-    }  # fmt: skip
+    mixed = flow.noised(latents, recipe, step, draw, shift=image_model.SHIFT)
+    padding = flow.padding(draw, fewest=1, text_tokens=image_model.TEXT_TOKENS)
+    return {**mixed, "text": texts[chosen], "pooled": bags[chosen], "padding": padding}
 
 
-def train(
-    recipe: ImageRecipe,
-    folder: str | Path,
-    *,
-    progress: Callable[[int, int, dict[str, float]], None] | None = None,
-) -> Student:
+def train(recipe: ImageRecipe, folder: str | Path, *, progress: flow.Progress | None = None) -> Student:
     """Run or resume a training in `folder`; returns the student with averaged weights.
 
     Raises:
@@ -125,51 +103,20 @@ def train(
     run = training.Run(folder, {"kind": "tiny-image", **asdict(recipe)})
     torch.manual_seed(recipe.seed)
     student = Student().train()
-    matrices, others = training.split_matrices(
-        student.named_parameters(), lambda name: "transformer_blocks." in name and "norm" not in name
-    )
-    optimizer = training.MuonWithAdamW(matrices, others)
-    ema = training.Ema(student, recipe.ema)
-    start, steps = 0, recipe.half_steps + recipe.full_steps
-    if (stored := run.load()) is not None:
-        tensors, state = stored
-        student.load_state_dict(training.without_prefix("student", tensors))
-        ema.shadow = training.without_prefix("ema", tensors)
-        optimizer.load_tensors(tensors)
-        start = state["step"]
 
-    def checkpoint(step: int) -> None:
-        tensors = training.with_prefix("student", student.state_dict()) | training.with_prefix("ema", ema.shadow)
-        run.save(tensors | optimizer.tensors(), step=step)
-
-    losses: list[float] = []
-    for step in range(start, steps):
+    def predict(step: int) -> tuple[torch.Tensor, torch.Tensor]:
         batch = _batch(recipe, step)
-        velocity = student(batch["latents"], batch["sigma"], batch["text"], batch["pooled"], batch["padding"])
-        loss = F.mse_loss(velocity, batch["target"])
-        loss.backward()
-        lr = training.warmup_constant_linear(
-            step, steps=steps, lr=recipe.lr, warmup=recipe.warmup, constant=recipe.constant
-        )
-        norm = optimizer.step(lr)
-        ema.update(student, step)
-        losses.append(loss.item())
-        if (step + 1) % 50 == 0:
-            row = {"loss": float(np.mean(losses[-50:])), "lr": lr, "norm": norm}
-            run.log(step=step + 1, **row)
-            if progress:
-                progress(step + 1, steps, row)
-        if (step + 1) % CHECKPOINT_EVERY == 0 or step + 1 == steps:
-            checkpoint(step + 1)
-        if (step + 1) % QUICK_EVERY == 0:
-            averaged = Student()
-            ema.copy_to(averaged)
-            score = evaluate(averaged, count=32, seed=stills.GATE_SEED, steps=10, pooled=step + 1 <= recipe.half_steps)
-            run.log(step=step + 1, quick=score)
-            if progress:
-                progress(step + 1, steps, score)
-    ema.copy_to(student)
-    return student.eval()
+        target = batch.pop("target")
+        return student(**batch), target
+
+    def score(averaged: Student, done: int) -> dict[str, float]:
+        return evaluate(averaged, count=32, seed=stills.GATE_SEED, steps=10, pooled=done <= recipe.half_steps)
+
+    return flow.train(
+        student, run, recipe, steps=recipe.half_steps + recipe.full_steps,
+        matrices=lambda name: "transformer_blocks." in name and "norm" not in name, predict=predict,
+        due=lambda done: done % QUICK_EVERY == 0, score=score, progress=progress,
+    )  # fmt: skip
 
 
 @torch.no_grad()
@@ -187,11 +134,10 @@ def generate(
     chosen = torch.from_numpy(stills.prompt_index(labels))
     H, W = (n // 2 if pooled else n for n in image_model.GRID)
     x = torch.randn(len(chosen), H * W, 4 * image_model.CHANNELS, generator=torch.Generator().manual_seed(seed))
-    times = np.linspace(1, 1 / steps, steps)
-    times = np.append(image_model.SHIFT * times / (1 + (image_model.SHIFT - 1) * times), 0.0)
-    for now, then in pairwise(times):
-        sigma = torch.full((len(chosen),), float(now))
-        x = x + (then - now) * student(x, sigma, texts[chosen], bags[chosen], padding)
+    x = flow.sample(
+        x, np.linspace(1, 1 / steps, steps), shift=image_model.SHIFT,
+        velocity=lambda x, sigma: student(x, sigma, texts[chosen], bags[chosen], padding),
+    )  # fmt: skip
     return image_model.unpack(x, (H, W)).numpy()
 
 

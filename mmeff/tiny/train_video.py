@@ -7,10 +7,8 @@ machine. `train` resumes from its folder; `evaluate` is the acceptance gate; `ex
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -22,27 +20,20 @@ from torch import nn
 from mmeff import training
 from mmeff.accelerate import accelerate
 from mmeff.diffusion_attn._base import SparseAttention
-from mmeff.tiny import clips, codec, video_model
+from mmeff.tiny import clips, codec, flow, video_model
 
-CHECKPOINT_EVERY = 250  # steps
+QUICK_EVERY = 500  # steps between two quick scores
 GATE = {"found": 0.90, "colour": 0.90, "shape": 0.90, "direction": 0.90, "all": 0.85}
 
 
 @dataclass(frozen=True, kw_only=True)
-class VideoRecipe:
+class VideoRecipe(flow.FlowRecipe):
     """Everything that decides the weights."""
 
-    seed: int = 1
     frame_steps: int = 700  # steps on single latent frames
     clip_steps: int = 3500  # steps on whole clips
     frame_batch: int = 64
     clip_batch: int = 16
-    lr: float = 3e-3
-    warmup: int = 60
-    constant: float = 0.3  # fraction of all steps before the linear decay
-    ema: float = 0.999
-    text_dropout: float = 0.1  # share of clips trained without their text, for classifier-free guidance
-    sigma_std: float = 1.2  # of the logit-normal noise level, before the shift
 
 
 class PaddingAsOneKey:
@@ -135,16 +126,9 @@ def _batch(recipe: VideoRecipe, step: int, texts: torch.Tensor) -> dict[str, Any
         latents = codec.pack(torch.from_numpy(video), pooled=True)
     index = clips.prompt_index(labels)
     index[draw.uniform(size=size) < recipe.text_dropout] = len(texts) - 1
-    noise = torch.randn(latents.shape, generator=training.torch_rng(recipe.seed, step))
-    s = torch.from_numpy(1 / (1 + np.exp(-recipe.sigma_std * draw.standard_normal(size)))).float()
-    sigma = video_model.SHIFT * s / (1 + (video_model.SHIFT - 1) * s)
-    mixed = sigma[:, None, None, None, None] * noise + (1 - sigma[:, None, None, None, None]) * latents
-    # The pipeline pads text to 512 by default; other lengths are met by training on all of them.
-    padding = float(np.exp(draw.uniform(np.log(2), np.log(512 - video_model.TEXT_TOKENS))))
-    return {
-        "latents": mixed, "target": noise - latents, "sigma": sigma, "text": texts[torch.from_numpy(index)],
-        "padding": padding, "frames": frames,
-    }  # fmt: skip
+    mixed = flow.noised(latents, recipe, step, draw, shift=video_model.SHIFT)
+    padding = flow.padding(draw, fewest=2, text_tokens=video_model.TEXT_TOKENS)
+    return {**mixed, "text": texts[torch.from_numpy(index)], "padding": padding, "frames": frames}
 
 
 def prompt_table() -> torch.Tensor:
@@ -157,7 +141,7 @@ def train(
     folder: str | Path,
     *,
     method: SparseAttention | None = None,
-    progress: Callable[[int, int, dict[str, float]], None] | None = None,
+    progress: flow.Progress | None = None,
 ) -> Student:
     """Run or resume a training in `folder`; returns the student with averaged weights, without the method.
 
@@ -178,57 +162,27 @@ def train(
     run = training.Run(folder, {"kind": "tiny-video", **asdict(recipe), **more})
     torch.manual_seed(recipe.seed)
     student = Student().train()
-    matrices, others = training.split_matrices(
-        student.named_parameters(), lambda name: ".blocks." in name and "scale_shift" not in name
-    )
-    optimizer = training.MuonWithAdamW(matrices, others)
-    ema = training.Ema(student, recipe.ema)
-    start, steps = 0, recipe.frame_steps + recipe.clip_steps
-    if (stored := run.load()) is not None:
-        tensors, state = stored
-        student.load_state_dict(training.without_prefix("student", tensors))
-        ema.shadow = training.without_prefix("ema", tensors)
-        optimizer.load_tensors(tensors)
-        start = state["step"]
-
-    def checkpoint(step: int) -> None:
-        tensors = training.with_prefix("student", student.state_dict()) | training.with_prefix("ema", ema.shadow)
-        run.save(tensors | optimizer.tensors(), step=step)
-
     texts = prompt_table()
-    losses: list[float] = []
+
+    def score(averaged: Student, done: int) -> dict[str, float]:
+        with under(averaged, method):
+            return evaluate(averaged, count=32, seed=clips.GATE_SEED, steps=14)
+
     with under(student, method) as handle:
-        for step in range(start, steps):
+
+        def predict(step: int) -> tuple[torch.Tensor, torch.Tensor]:
             if handle is not None:
                 handle.enabled = step >= recipe.frame_steps
             batch = _batch(recipe, step, texts)
-            velocity = student(batch["latents"], batch["sigma"], batch["text"], batch["padding"], batch["frames"])
-            loss = F.mse_loss(velocity, batch["target"])
-            loss.backward()
-            lr = training.warmup_constant_linear(
-                step, steps=steps, lr=recipe.lr, warmup=recipe.warmup, constant=recipe.constant
-            )
-            norm = optimizer.step(lr)
-            ema.update(student, step)
-            losses.append(loss.item())
-            if (step + 1) % 50 == 0:
-                row = {"loss": float(np.mean(losses[-50:])), "lr": lr, "norm": norm}
-                run.log(step=step + 1, **row)
-                if progress:
-                    progress(step + 1, steps, row)
-            if (step + 1) % CHECKPOINT_EVERY == 0 or step + 1 == steps:
-                checkpoint(step + 1)
-            if step + 1 > recipe.frame_steps and (step + 1 - recipe.frame_steps) % 500 == 0:
-                averaged = Student()
-                averaged.load_state_dict(student.state_dict())
-                ema.copy_to(averaged)
-                with under(averaged, method):
-                    score = evaluate(averaged, count=32, seed=clips.GATE_SEED, steps=14)
-                run.log(step=step + 1, quick=score)
-                if progress:
-                    progress(step + 1, steps, score)
-    ema.copy_to(student)
-    return student.eval()
+            target = batch.pop("target")
+            return student(**batch), target
+
+        return flow.train(
+            student, run, recipe, steps=recipe.frame_steps + recipe.clip_steps,
+            matrices=lambda name: ".blocks." in name and "scale_shift" not in name, predict=predict,
+            due=lambda done: done > recipe.frame_steps and (done - recipe.frame_steps) % QUICK_EVERY == 0, score=score,
+            progress=progress,
+        )  # fmt: skip
 
 
 def under(student: Student, method: SparseAttention | None) -> AbstractContextManager[Any]:
@@ -251,12 +205,12 @@ def generate(
     text = texts[torch.from_numpy(clips.prompt_index(labels))]
     empty = texts[-1:].expand_as(text)
     x = torch.randn(len(text), codec.LATENT_CHANNELS, 9, 24, 24, generator=torch.Generator().manual_seed(seed))
-    times = np.linspace(1, 1 / 1000, steps + 1)[:-1]
-    times = np.append(video_model.SHIFT * times / (1 + (video_model.SHIFT - 1) * times), 0.0)
-    for now, then in pairwise(times):
-        sigma = torch.full((len(text),), float(now))
+
+    def velocity(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
         with_text, without = (student(x, sigma, t, padding, None) for t in (text, empty))
-        x = x + (then - now) * (without + guidance * (with_text - without))
+        return without + guidance * (with_text - without)
+
+    x = flow.sample(x, np.linspace(1, 1 / 1000, steps + 1)[:-1], velocity, shift=video_model.SHIFT)
     x = (x * codec.LATENT_STD + codec.LATENT_MEAN).clamp(-1, 1)
     x = x.unflatten(1, (2, 3)).permute(0, 3, 1, 4, 5, 2).flatten(1, 2)[:, 1:]
     return ((x + 1) / 2).numpy()

@@ -68,18 +68,67 @@ class Regions:
         rows, cols = ((n - torch.arange(count, device=device) * size).clamp(0, size) for n, count, size in sides)
         return (rows[:, None] * cols).flatten()
 
-    def split(self, x: Tensor) -> Tensor:
-        """Sort a padded map (B, height, width, C) by region: (B, R, T, C)."""
-        B, _, _, C = x.shape
-        x = x.view(B, self.rows, self.region_height, self.cols, self.region_width, C)
-        return x.transpose(2, 3).reshape(B, self.count, self.tokens, C)
+    def split(self, x: Tensor, fill: Tensor | None) -> Tensor:
+        """Sort a map (B, height, width, C) by region, with `fill` (C,) as every token of padding: (B, R, T, C)."""
+        if fill is not None:
+            if not torch.compiler.is_compiling():  # compilers make one copy of the plain form, too
+                out: Tensor = _Split.apply(x, fill, self)
+                return out
+            x = surround(x, fill, *self.padding)
+        return self._cut(x, self.rows, self.cols).transpose(2, 3).reshape(len(x), self.count, self.tokens, -1)
 
-    def join(self, x: Tensor) -> Tensor:
-        """Undo `split` and cut the padding off: (B, R, T, C) -> (B, height, width, C)."""
+    def _cut(self, x: Tensor, rows: int, cols: int) -> Tensor:
+        """View a map of rows x cols regions, whatever their size, by region: (B, rows, height, cols, width, C)."""
+        return x.unflatten(2, (cols, -1)).unflatten(1, (rows, -1))
+
+    def join(self, x: Tensor, *, padding: bool = False) -> Tensor:
+        """Undo `split`: (B, R, T, C) -> (B, height, width, C), or with the padding still on it."""
         B, _, _, C = x.shape
         x = x.view(B, self.rows, self.cols, self.region_height, self.region_width, C).transpose(2, 3)
         x = x.reshape(B, self.rows * self.region_height, self.cols * self.region_width, C)
-        return x[:, : self.height, : self.width]
+        return x if padding else x[:, : self.height, : self.width]
+
+
+def surround(x: Tensor, fill: Tensor, below: int, right: int) -> Tensor:
+    """A map (B, H, W, C) with rows of `fill` (C,) below and columns of it on the right."""
+    B, H, W, C = x.shape
+    out = fill.expand(B, H + below, W + right, C).clone(memory_format=torch.contiguous_format)
+    out[:, :H, :W] = x
+    return out
+
+
+class _Split(torch.autograd.Function):
+    """`Regions.split` with padding, in one copy instead of three: whole regions, those that the border cuts, what lies beyond."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, fill: Tensor, regions: Regions) -> Tensor:
+        ctx.regions = regions
+        B, H, W, C = x.shape
+        high, wide = regions.region_height, regions.region_width
+        (rows, rest_h), (cols, rest_w) = divmod(H, high), divmod(W, wide)
+        out = x.new_empty(B, regions.rows, regions.cols, high, wide, C)
+        at = out.transpose(2, 3)  # (B, rows, height, cols, width, C), as `_cut`
+        for y, count_y, h in ((0, rows, high), (rows, 1, rest_h)):
+            for z, count_z, w in ((0, cols, wide), (cols, 1, rest_w)):
+                part = x[:, y * high : y * high + count_y * h, z * wide : z * wide + count_z * w]
+                if part.numel():
+                    at[:, y : y + count_y, :h, z : z + count_z, :w] = regions._cut(part, count_y, count_z)
+        for beyond in (
+            at[:, rows : rows + 1, rest_h:],
+            at[:, rows + 1 :],
+            at[:, :, :, cols : cols + 1, rest_w:],
+            at[:, :, :, cols + 1 :],
+        ):
+            beyond[:] = fill
+        return out.view(B, regions.count, regions.tokens, C)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        regions = ctx.regions
+        padded = regions.join(grad, padding=True)
+        below, right = padded[:, regions.height :], padded[:, : regions.height, regions.width :]
+        fill = below.sum((0, 1, 2)) + right.sum((0, 1, 2))
+        return padded[:, : regions.height, : regions.width], fill, None
 
 
 def cut(height: int, width: int, regions: int | Literal["scaled"], *, reference: int, floor: bool) -> Regions:

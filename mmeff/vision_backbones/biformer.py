@@ -25,7 +25,7 @@ from timm.layers import DropPath, Mlp, calculate_drop_path_rates
 from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
-from mmeff.vision_backbones._routing import RoutingBackend, check_backend, cut, region_attention, route
+from mmeff.vision_backbones._routing import RoutingBackend, check_backend, cut, region_attention, route, surround
 from mmeff.vision_backbones._staged import Stage, StagedBackbone, init_weights
 from mmeff.vision_backbones._timm import State, build, cfg, check_keys, register, unwrap
 
@@ -39,6 +39,7 @@ Form = Literal["conv", "stl", "stl_nchw"]
 # Side of the first stage's map in an image of 224 pixels, from which regions="scaled" counts.
 FIRST_MAP = 56
 HEAD_DIM = 32
+LEPE_REACH = 2  # tokens on each side that the convolution of the values sees
 # Heads of the last stage, whatever its width.
 DENSE_HEADS = 8
 
@@ -86,7 +87,7 @@ class BiLevelRoutingAttention(nn.Module):
         self.auto_pad, self.pad_projected = auto_pad, pad_projected
         self.routing_backend = check_backend(routing_backend)
         self.qkv = nn.Linear(dim, 3 * dim, **dd)
-        self.lepe = nn.Conv2d(dim, dim, 5, padding=2, groups=dim, **dd)
+        self.lepe = nn.Conv2d(dim, dim, 2 * LEPE_REACH + 1, padding=LEPE_REACH, groups=dim, **dd)
         self.proj = nn.Linear(dim, dim, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -95,7 +96,7 @@ class BiLevelRoutingAttention(nn.Module):
         regions = cut(H, W, self.regions, reference=self.reference, floor=self.pad_projected)
         pad_h, pad_w = regions.padding
         qkv = self.qkv(x)
-        values = qkv[..., 2 * C :]
+        values, fill = qkv[..., 2 * C :], None
         if pad_h or pad_w:
             if not self.auto_pad:
                 raise ValueError(
@@ -105,11 +106,9 @@ class BiLevelRoutingAttention(nn.Module):
                 )
             # what the projection makes of zeros, or zeros in its place
             fill = qkv.new_zeros(3 * C) if self.pad_projected else self.qkv(x.new_zeros(C))
-            padded = fill.expand(B, H + pad_h, W + pad_w, -1).clone(memory_format=torch.contiguous_format)
-            padded[:, :H, :W] = qkv
-            qkv = padded
-            values = values if self.pad_projected else padded[..., 2 * C :]
-        by_region = regions.split(qkv)
+            if not self.pad_projected:
+                values = surround(values, fill[2 * C :], min(pad_h, LEPE_REACH), min(pad_w, LEPE_REACH))
+        by_region = regions.split(qkv, fill)
         means = by_region[..., : 2 * C].detach().mean(2)
         if self.pad_projected and (pad_h or pad_w):
             means = means * (regions.tokens / regions.inside(x.device))[:, None]
@@ -140,7 +139,7 @@ class DenseAttention(nn.Module):
         dd = {"device": device, "dtype": dtype}
         self.lepe_of_values = lepe_of_values
         self.qkv = nn.Linear(dim, 3 * dim, bias=False, **dd)
-        self.lepe = nn.Conv2d(dim, dim, 5, padding=2, groups=dim, **dd)
+        self.lepe = nn.Conv2d(dim, dim, 2 * LEPE_REACH + 1, padding=LEPE_REACH, groups=dim, **dd)
         self.proj = nn.Linear(dim, dim, **dd)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 
 from mmeff import training
 from mmeff.evaluation import gates_image
-from mmeff.tiny import export, image_model, load_image, stills, train_image
+from mmeff.tiny import export, flow, image_model, load_image, stills, train_image
 
 TINY = {"half_steps": 2, "full_steps": 2, "half_batch": 4, "full_batch": 2}
 TEXT = "a red square in the top left"
@@ -193,7 +193,7 @@ def test_training_resumes_to_the_same_weights(tmp_path):
         return original(self, *args, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_image, "CHECKPOINT_EVERY", 1)
+        patch.setattr(flow, "CHECKPOINT_EVERY", 1)
         patch.setattr(training.MuonWithAdamW, "step", step)
         with pytest.raises(Stop):
             train_image.train(recipe, tmp_path / "b")

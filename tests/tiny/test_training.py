@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mmeff import training
-from mmeff.tiny import codec, scenes, train_video, train_vlm, video_model, vlm_model
+from mmeff.tiny import codec, flow, scenes, train_video, train_vlm, video_model, vlm_model
 
 TINY = {"frame_steps": 2, "clip_steps": 2, "frame_batch": 4, "clip_batch": 2}
 
@@ -47,7 +47,7 @@ def test_video_training_resumes_to_the_same_weights(tmp_path):
         return original(self, *args, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_video, "CHECKPOINT_EVERY", 1)
+        patch.setattr(flow, "CHECKPOINT_EVERY", 1)
         patch.setattr(training.MuonWithAdamW, "step", step)
         with pytest.raises(Stop):
             train_video.train(recipe, tmp_path / "b")

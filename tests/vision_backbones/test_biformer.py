@@ -275,17 +275,34 @@ def test_routing_carries_no_gradient_and_is_made_in_float32():
         torch.testing.assert_close(actual, plain, atol=1e-4, rtol=1e-4)
 
 
-def test_regions_cut_any_map_and_put_it_together_again():
-    for height, width in [(1, 1), (5, 9), (25, 33), (56, 56), (64, 61)]:
-        for floor in (False, True):
-            for count in (7, "scaled"):
-                regions = cut(height, width, count, reference=14, floor=floor)
-                pad_h, pad_w = regions.padding
-                assert pad_h >= 0 and pad_w >= 0
-                x = F.pad(torch.randn(2, height, width, 3), (0, 0, 0, pad_w, 0, pad_h), value=torch.nan)
-                split = regions.split(x)
-                assert torch.equal(regions.join(split), x[:, :height, :width])
-                assert torch.equal(split[0, :, :, 0].isfinite().sum(1), regions.inside(x.device))
+@pytest.mark.parametrize("count", [7, "scaled"])
+@pytest.mark.parametrize("floor", [False, True])
+@pytest.mark.parametrize("height, width", [(1, 1), (5, 9), (8, 14), (25, 33), (56, 56), (64, 61)])
+def test_regions_cut_any_map_and_put_it_together_again(height, width, floor, count):
+    regions = cut(height, width, count, reference=14, floor=floor)
+    pad_h, pad_w = regions.padding
+    assert pad_h >= 0 and pad_w >= 0
+    x = torch.randn(2, height, width, 3, dtype=torch.float64, requires_grad=True)
+    fill = torch.randn(3, dtype=torch.float64, requires_grad=True) if pad_h or pad_w else None
+    split = regions.split(x, fill)
+    assert torch.equal(regions.join(split), x)
+    inputs = [t for t in (x, fill) if t is not None]
+    padded = x
+    if fill is not None:
+        marked = regions.split(x, torch.full_like(fill, torch.nan))
+        assert torch.equal(marked[0, :, :, 0].isfinite().sum(1), regions.inside(x.device))
+        padded = fill.expand(2, height + pad_h, width + pad_w, 3).clone()
+        padded[:, :height, :width] = x
+    one_by_one = [
+        padded[:, i * regions.region_height : (i + 1) * regions.region_height,
+               j * regions.region_width : (j + 1) * regions.region_width].flatten(1, 2)
+        for i in range(regions.rows) for j in range(regions.cols)
+    ]  # fmt: skip
+    wanted = torch.stack(one_by_one, 1)
+    assert torch.equal(split, wanted)
+    weight = torch.randn_like(wanted)
+    for got, want in zip(*(torch.autograd.grad((y * weight).sum(), inputs) for y in (split, wanted)), strict=True):
+        torch.testing.assert_close(got, want, atol=1e-12, rtol=1e-12)
 
 
 def test_scaled_regions_are_seven_at_224_and_grow_with_the_image():
