@@ -63,6 +63,7 @@ docs: $(STAMP) ## write the tables of methods and of committed measurements into
 	$(BIN)/python docs/make_tables.py
 	$(BIN)/python docs/make_results.py
 	$(BIN)/python docs/make_backbones.py
+	$(BIN)/python docs/make_performance.py
 
 train-vlm: $(STAMP) ## train the tiny vision-language model, resumable, into runs/tiny-vlm
 	$(BIN)/mmeff train tiny-vlm

@@ -92,9 +92,10 @@ def _run(
     with progress() as tick:
         outcome = engine.run(parts, file, seconds=60 * minutes, again=again, tick=tick)
     shown = [row for name in chosen for row in file.latest(name)]
-    entries = import_module("benchmarks.gpu.sweep").entries(file) if "sweep" in chosen else ""
-    if entries:
-        print(f"for mmeff/kernels/tuned.py:\n{entries}\n")
+    for name, where in (("sweep", "mmeff/kernels/tuned.py"), ("kernels", "_DEFAULTS in mmeff/kernels/calibration.py")):
+        entries = import_module(f"benchmarks.gpu.{name}").entries(file) if name in chosen else ""
+        if entries:
+            print(f"for {where}:\n{entries}\n")
     table = Table(*report.COLUMNS, box=None, pad_edge=False)
     for cells, style in report.lines(shown):
         table.add_row(*map(escape, cells), style=style)

@@ -296,11 +296,10 @@ class _Transformer:
             model, method, height=16 * H, width=16 * W, num_frames=4 * F - 3, num_inference_steps=1,
             text_tokens=sizes.text,
         )  # fmt: skip
-        shares = [1 / method.expect(grid=sizes.grid, layer=i).speedup for i in range(sizes.layers)]
         with torch.no_grad():
             method.attend(*_random(sizes.tokens, 1, sizes.head_dim), grid=sizes.grid)
         predicted = {
-            "predicted_attention": statistics.harmonic_mean([1 / x for x in shares]),
+            "predicted_attention": plan.predicted_attention,
             "predicted_forward": plan.predicted_speedup,
         }
         return model, mmeff.accelerate(model, method), predicted

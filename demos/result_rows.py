@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from .results import Figure, Skipped
@@ -205,6 +205,135 @@ def roofline(topic: str, rows: Sequence[Row]) -> Iterable[Figure | Skipped]:
             yield Figure(**shared, metric="GFLOP/s over visited pairs", better="high", method=method, value=row[method])
 
 
+# ---------------------------------------------------------------- on a GPU
+
+
+GAIN: dict[str, Any] = {"neutral": 1.0, "better": "high"}
+
+
+def gpu(topic: str, rows: Sequence[Row]) -> Iterable[Figure | Skipped]:
+    """`benchmarks gpu`: of every task on every machine the row that was measured last, or found wrong; what else is a reason."""
+    found: dict[tuple[str, str, str], Row] = {}
+    final = ("measured", "wrong")
+    for row in rows:
+        key = (row["hardware"], row["part"], row["name"])
+        if key not in found or row["status"] in final or found[key]["status"] not in final:
+            found[key] = row
+    for row in found.values():
+        if row["status"] == "measured":
+            yield from GPU_PARTS[row["part"]](row["name"], row["figures"], {"topic": topic, **_where(row)})
+        else:
+            reason = row["reason"] if row["status"] == "skipped" else f"{row['status']}: {row['reason']}"
+            yield Skipped(topic=topic, what=f"{row['part']}: {row['name']}", reason=reason)
+
+
+def _gpu_gate(name: str, x: Row, shared: Row) -> Iterable[Figure]:
+    what, _, case = name.partition(" | ")
+    if "of_allowed" in x:
+        metric = "error, share of what is allowed"
+        yield Figure(**shared, metric=metric, case=case, method=what, value=x["of_allowed"], neutral=1.0, better="low")
+    elif "repeats" in x:
+        yield Figure(
+            **shared, metric="runs with the same bits", case=what, method=what, value=x["repeats"], better="high"
+        )
+
+
+def _gpu_sweep(name: str, x: Row, shared: Row) -> Iterable[Figure | Skipped]:
+    if x["gain"] is None:
+        yield Skipped(topic=shared["topic"], what=f"sweep: {name}", reason="no candidate runs and is right")
+        return
+    tiles = " x ".join(map(str, x["best"]))
+    yield Figure(**shared, **GAIN, metric="gain over the table of tiles", case=x["key"], method=tiles, value=x["gain"])
+
+
+def _gpu_kernels(name: str, x: Row, shared: Row) -> Iterable[Figure]:
+    if name.startswith("ceiling: "):
+        tera: dict[str, Any] = {"metric": f"ceiling, T{x['unit']}", "value": x["value"] / 1e12, "better": "high"}
+        yield Figure(**shared, **tera, case="what this GPU does at most", method=name.removeprefix("ceiling: "))
+    elif "ratios" in x:
+        for method, ratio in x["ratios"].items():
+            metric = "throughput per visited pair over dense"
+            yield Figure(**shared, metric=metric, case=name, method=method, value=ratio, better="high")
+    else:
+        yield from _gpu_against_dense(name, x, shared)
+
+
+def _gpu_against_dense(name: str, x: Row, shared: Row) -> Iterable[Figure]:
+    """A kernel, or GNA with its permutation, against the fastest dense attention."""
+    point: dict[str, Any] = {}
+    case, method = name.replace(" | ", ", "), x.get("ran") or "GNA"
+    if "operator" in x:
+        what = x["what"]
+        if what.startswith("random") and x["block_density"] is not None:
+            what = what.partition(",")[0]
+            point = {"x": round(100 * (1 - x["block_density"]), 2), "axis": "blocks left out, %"}
+        shape = " ".join(f"{letter}{size}" for letter, size in x["shape"].items())
+        case = f"{x['operator']}, {what}, {x['direction']}, {x['dtype']}, {shape}"
+    shared = {**shared, "case": case, **point}
+    dense: dict[str, Any] = {"metric": "speedup over the fastest dense attention"}
+    if "peers" in x:
+        best = x["peers"][x["fastest_dense"]]
+        yield Figure(
+            **shared, **dense, **GAIN, method=method, count=f"{best['rounds']} rounds", **_percentiles(best["ratio"])
+        )
+        if x["over_flex"] is not None:
+            yield Figure(**shared, **GAIN, metric="speedup over FlexAttention", method=method, value=x["over_flex"])
+    else:
+        yield Figure(**shared, **dense, **GAIN, method=method, value=x["value"])
+    for side, seconds in ((method, x["seconds"]), (f"dense, {x['fastest_dense']}", x["dense_seconds"])):
+        values = _percentiles(_scaled(seconds, 1e3))
+        yield Figure(**shared, metric="milliseconds per call", better="low", method=side, **values)
+    if x.get("useful_flops") is not None:
+        useful = x["useful_flops"] / 1e12
+        yield Figure(**shared, metric="useful TFLOP/s", better="high", method=method, value=useful)
+
+
+def _gpu_forward(name: str, x: Row, shared: Row) -> Iterable[Figure]:
+    model, size, _, layers, *rest = name.split(" | ")
+    case = ", ".join([model, size, layers, *rest, "random weights"])
+    shared = {**shared, "case": case, "method": x["method"], "count": f"{x['rounds']} rounds"}
+    whole = "speedup of the forward pass" if x["direction"] == "forward" else "speedup of forward and backward"
+    attention = "speedup of attention"
+    yield Figure(**shared, **GAIN, metric=whole, **_percentiles(x["ratio"]))
+    yield Figure(**shared, **GAIN, metric=attention, value=x["attention_ratio"])
+    for metric, key in ((whole, "speedup"), (attention, "attention")):
+        if x["predicted"][key] is not None:
+            yield Figure(**shared, **GAIN, kind="predicted", metric=metric, value=x["predicted"][key])
+    if "estimated" in x:  # from the time of the layers that were built: nothing that was measured
+        value = x["estimated"]["value"]
+        yield Figure(**shared, **GAIN, kind="predicted", metric=f"{whole}, estimated for all layers", value=value)
+    if x["density"] is not None:
+        yield Figure(**shared, metric="density of attention", better="low", value=x["density"])
+    yield Figure(**shared, metric="seconds of the pass", better="low", value=x["seconds"])
+
+
+def _gpu_prefill(name: str, x: Row, shared: Row) -> Iterable[Figure]:
+    *case, method = name.split(" | ")
+    shared = {**shared, "case": ", ".join(case), "method": method, "count": f"{x['rounds']} rounds"}
+    saved, selection = 100 * x["value"], 100 * x["selection_of_dense"]
+    yield Figure(**shared, metric="prefill saved, % of dense", better="high", neutral=0.0, value=saved)
+    yield Figure(**shared, metric="selection, % of dense prefill", better="low", value=selection)
+    yield Figure(**shared, **GAIN, metric="speedup of a whole answer", value=x["answer_ratio"])
+    yield Figure(**shared, **GAIN, metric="speedup of decoding", value=x["decode_ratio"])
+
+
+def _gpu_backbones(name: str, x: Row, shared: Row) -> Iterable[Figure]:
+    model, *case = name.split(" | ")
+    shared = {**shared, "case": ", ".join(case), "method": model}
+    yield Figure(**shared, metric="pictures per second", better="high", value=x["value"])
+    for peer, found in x["peers"].items():
+        of = "its plain form" if peer == "plain form" else f"the {peer.partition('_')[0]} of its size"
+        yield Figure(**shared, **GAIN, metric=f"speedup over {of}", **_percentiles(found["ratio"]))
+    if x["memory"] is not None:
+        yield Figure(**shared, metric="memory of a call, MiB", better="low", value=x["memory"] / 2**20)
+
+
+GPU_PARTS: dict[str, Callable[[str, Row, Row], Iterable[Figure | Skipped]]] = {
+    "gate": _gpu_gate, "sweep": _gpu_sweep, "kernels": _gpu_kernels, "forward": _gpu_forward, "prefill": _gpu_prefill,
+    "backbones": _gpu_backbones,
+}  # fmt: skip
+
+
 # ---------------------------------------------------------------- quality
 
 
@@ -315,6 +444,6 @@ def digits(topic: str, rows: Sequence[Row]) -> Iterable[Figure | Skipped]:
 # What only rows of one kind have. The first that matches is taken.
 READERS = (
     ({"case", "operator", "peer"}, kernels), ({"kind", "figures", "sizes"}, video), ({"token_layers", "budget"}, prefill),
-    ({"ours", "peers", "rounds"}, backbones), ({"peak", "bound"}, roofline), ({"prompt", "drift"}, quality),
+    ({"part", "name", "took"}, gpu), ({"ours", "peers", "rounds"}, backbones), ({"peak", "bound"}, roofline), ({"prompt", "drift"}, quality),
     ({"hits", "kinds"}, pruning), ({"taken", "variant"}, acting), ({"family", "losses"}, digits),
 )  # fmt: skip

@@ -21,9 +21,19 @@ log = logging.getLogger("mmeff.demo")
 class Server:
     """A running demo. `url` is where it listens, `shared` the public address where one was asked for."""
 
-    def __init__(self, app: Any, service: Any, url: str, shared: str | None, uploads: str) -> None:
+    def __init__(self, app: Any, service: Any, url: str, shared: str | None, uploads: str, *, warm: bool) -> None:
         self.app, self.service, self.url, self.shared = app, service, url, shared
-        self._uploads = uploads
+        self._uploads, self._closed = uploads, threading.Event()
+        self._warming = threading.Thread(
+            target=_warm, args=(service, self._closed), name="mmeff-demo-warm", daemon=True
+        )
+        if warm:
+            self._warming.start()
+
+    @property
+    def loading(self) -> bool:
+        """Whether libraries and models are still being loaded in the background; a closed server stops before the next model."""
+        return self._warming.is_alive()
 
     def wait(self) -> None:
         """Serve until the process is interrupted."""
@@ -31,6 +41,7 @@ class Server:
 
     def close(self) -> None:
         """Stop listening, and delete uploads and runs."""
+        self._closed.set()
         self.app.close(verbose=False)
         self.service.close()
         shutil.rmtree(self._uploads, ignore_errors=True)
@@ -71,9 +82,7 @@ def serve(
         allowed_paths=[], theme=theme(), css_paths=sorted(STATIC.glob("*.css")), head=head,
         favicon_path=STATIC / "favicon.svg", app_kwargs={"routes": [_route(service)], "docs_url": None, "redoc_url": None},
     )  # fmt: skip
-    if warm:
-        threading.Thread(target=_warm, args=(service,), name="mmeff-demo-warm", daemon=True).start()
-    return Server(app, service, url, shared, uploads)
+    return Server(app, service, url, shared, uploads, warm=warm)
 
 
 def _route(service: Any) -> Any:
@@ -92,15 +101,17 @@ def _route(service: Any) -> Any:
     return Route(ROUTE, answer, methods=["GET", "HEAD"])
 
 
-def _warm(service: Any) -> None:
+def _warm(service: Any, closed: threading.Event) -> None:
     """Load what is small, so that the first visitor does not wait for imports."""
     from mmeff.registry import all_methods
 
     all_methods()
     for offer in list(service.models.offers.values()):
         if offer.embedded:
-            while service.turns.waiting:  # a run is being timed
+            while service.turns.waiting and not closed.is_set():  # a run is being timed
                 time.sleep(0.2)
+            if closed.is_set():
+                return
             try:
                 service.models.load(offer)
             except Exception:  # the visitor who chooses it is told; the others can go on

@@ -282,8 +282,8 @@ def _cpu_name() -> str:
 class Plan:
     """A dry run: what a method would do to a model at given sizes, and every reason why part of it would run dense.
 
-    `rows` are (name, value) pairs for people; the named figures are for programs. `predicted_speedup` is a model's
-    estimate, never a measurement.
+    `rows` are (name, value) pairs for people; the named figures are for programs. `predicted_speedup` of the whole run and
+    `predicted_attention`, of its attention where the method acts, are a model's estimates, never measurements.
     """
 
     method: dict[str, Any]
@@ -292,6 +292,7 @@ class Plan:
     rows: tuple[tuple[str, str], ...]
     density: float | None = None
     predicted_speedup: float | None = None
+    predicted_attention: float | None = None
     fallbacks: tuple[str, ...] = ()
     layouts: dict[str, Any] = field(default_factory=dict)
 
@@ -299,7 +300,8 @@ class Plan:
         """Plain JSON types, without the layouts."""
         return {
             "method": self.method, "model": self.model, "host": self.host, "rows": [list(r) for r in self.rows],
-            "density": self.density, "predicted_speedup": self.predicted_speedup, "fallbacks": list(self.fallbacks),
+            "density": self.density, "predicted_speedup": self.predicted_speedup,
+            "predicted_attention": self.predicted_attention, "fallbacks": list(self.fallbacks),
         }  # fmt: skip
 
     def __str__(self) -> str:

@@ -28,11 +28,16 @@ EVERY: dict[str, Any] = {"dense_steps": 0, "last_dense_steps": 0, "dense_layers"
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """A class of diffusers. stacks: its lists of blocks, with the argument that sets their number; inputs: of a forward."""
+    """A class of diffusers. stacks: its lists of blocks, with the argument that sets their number; inputs: of a forward.
+
+    pixels: a transformer's config and a grid to the sizes that `mmeff.plan` takes; joint: whether text is in self-attention.
+    """
 
     cls: str
     stacks: dict[str, str]
     inputs: Callable[[Any, Grid, int, Callable[..., Tensor], torch.device], dict[str, Any]]
+    pixels: Callable[[Any, Grid], dict[str, int]]
+    joint: bool = True
     tiny: dict[str, Any]  # the config of a smoke run
 
 
@@ -49,6 +54,16 @@ class Model:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Quote:
+    """What the authors of a method report: how many times as fast as dense, of what, where they say so, and on what hardware."""
+
+    value: float
+    of: str
+    by: str
+    hardware: str = "not known to us"
+
+
+@dataclass(frozen=True, kw_only=True)
 class Setup:
     """A method at a setting, and the least that a forward should become faster by where one is published.
 
@@ -60,7 +75,7 @@ class Setup:
     make: Callable[[], SparseAttention]
     dense_layers: tuple[int, ...] = ()
     bar: float | None = None
-    quoted: str | None = None
+    quoted: Quote | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,23 +157,45 @@ def _flux_inputs(
     }  # fmt: skip
 
 
+# A bare transformer is planned as if its VAE made 8 x 8 pixels and 4 frames a latent, and its first frame one by itself.
+
+
+def _wan_pixels(config: Any, grid: Grid) -> dict[str, int]:
+    F, H, W = (n * p for n, p in zip(grid, config.patch_size, strict=True))
+    return {"height": 8 * H, "width": 8 * W, "num_frames": 4 * F - 3}
+
+
+def _patched_pixels(config: Any, grid: Grid) -> dict[str, int]:
+    F, H, W = grid
+    frames = F * (config.patch_size_t or 1)
+    return {"height": 8 * config.patch_size * H, "width": 8 * config.patch_size * W, "num_frames": 4 * frames - 3}
+
+
+def _flux_pixels(config: Any, grid: Grid) -> dict[str, int]:
+    _, H, W = grid
+    return {"height": 16 * H, "width": 16 * W}  # the pipeline packs 2 x 2 latents into a token
+
+
 WAN = Family(
-    cls="WanTransformer3DModel", stacks={"blocks": "num_layers"}, inputs=_wan_inputs,
+    cls="WanTransformer3DModel", stacks={"blocks": "num_layers"}, inputs=_wan_inputs, pixels=_wan_pixels, joint=False,
     tiny={"num_attention_heads": 2, "attention_head_dim": 24, "ffn_dim": 32, "text_dim": 16, "freq_dim": 16},
 )  # fmt: skip
 HUNYUAN = Family(
     cls="HunyuanVideoTransformer3DModel",
     stacks={"transformer_blocks": "num_layers", "single_transformer_blocks": "num_single_layers"}, inputs=_hunyuan_inputs,
+    pixels=_patched_pixels,
     tiny={"num_attention_heads": 2, "attention_head_dim": 16, "num_refiner_layers": 1, "mlp_ratio": 1.5, "text_embed_dim": 16,
           "pooled_projection_dim": 16, "rope_axes_dim": (4, 6, 6)},
 )  # fmt: skip
 COGVIDEOX = Family(
     cls="CogVideoXTransformer3DModel", stacks={"transformer_blocks": "num_layers"}, inputs=_cogvideox_inputs,
+    pixels=_patched_pixels,
     tiny={"num_attention_heads": 2, "attention_head_dim": 16, "time_embed_dim": 8, "text_embed_dim": 16},
 )  # fmt: skip
 FLUX = Family(
     cls="FluxTransformer2DModel",
     stacks={"transformer_blocks": "num_layers", "single_transformer_blocks": "num_single_layers"}, inputs=_flux_inputs,
+    pixels=_flux_pixels,
     tiny={"num_attention_heads": 2, "attention_head_dim": 16, "in_channels": 16, "joint_attention_dim": 16,
           "pooled_projection_dim": 16, "axes_dims_rope": (4, 6, 6)},
 )  # fmt: skip
@@ -199,11 +236,14 @@ def _first(n: int) -> tuple[int, ...]:
     return tuple(range(n))
 
 
+RADIAL, RECTIFIED, VMOBA = "arXiv:2506.19852", "arXiv:2511.19835", "arXiv:2506.23858"
+GENERATION = "a whole generation"
+
 SCENES: tuple[Scene, ...] = (
     Scene(
         model=HUNYUAN_13B, what="768 x 1280, 117 frames", grid=(30, 48, 80), full=("radial",),
         setups=(
-            Setup(name="radial", preset="for_model hunyuanvideo", bar=1.9, quoted="1.9 x, arXiv:2506.19852",
+            Setup(name="radial", preset="for_model hunyuanvideo", bar=1.9, quoted=Quote(value=1.9, of=GENERATION, by=RADIAL),
                   make=lambda: Radial.for_model("hunyuanvideo", **EVERY)),
             Setup(name="gna", preset="for_model hunyuanvideo: 18 x 24 x 24, stride 16 x 8 x 8",
                   make=lambda: GNA.for_model("hunyuanvideo", **EVERY)),
@@ -213,7 +253,7 @@ SCENES: tuple[Scene, ...] = (
     Scene(
         model=WAN_14B, what="768 x 1280, 69 frames", grid=(18, 48, 80), full=("radial",),
         setups=(
-            Setup(name="radial", preset="for_model wan2.1-14b", bar=1.8, quoted="1.8 x, arXiv:2506.19852", dense_layers=_first(1),
+            Setup(name="radial", preset="for_model wan2.1-14b", bar=1.8, quoted=Quote(value=1.8, of=GENERATION, by=RADIAL), dense_layers=_first(1),
                   make=lambda: Radial.for_model("wan2.1-14b", **EVERY)),
             Setup(name="rectified", preset="for_model wan2.1-t2v-14b", dense_layers=_first(2),
                   make=lambda: RectifiedSpaAttn.for_model("wan2.1-t2v-14b", **EVERY)),
@@ -222,7 +262,7 @@ SCENES: tuple[Scene, ...] = (
     Scene(
         model=HUNYUAN_13B, what="720 x 1280, 129 frames", grid=(33, 45, 80), full=("rectified",),
         setups=(
-            Setup(name="rectified", preset="for_model hunyuanvideo, drop 0.8", bar=3.0, quoted="3.33 x, arXiv:2511.19835",
+            Setup(name="rectified", preset="for_model hunyuanvideo, drop 0.8", bar=3.0, quoted=Quote(value=3.33, of=GENERATION, by=f"{RECTIFIED}; 2.50 in its code's list of examples"),
                   make=lambda: RectifiedSpaAttn.for_model("hunyuanvideo", **EVERY)),
         ),
     ),
@@ -230,14 +270,14 @@ SCENES: tuple[Scene, ...] = (
         model=HUNYUAN_13B, what="720 x 1280, 509 frames", grid=(128, 45, 80),
         cut={"transformer_blocks": 1, "single_transformer_blocks": 1},
         setups=(
-            Setup(name="radial", preset="for_model hunyuanvideo-4x", bar=3.7, quoted="3.7 x, arXiv:2506.19852", dense_layers=_first(2),
+            Setup(name="radial", preset="for_model hunyuanvideo-4x", bar=3.7, quoted=Quote(value=3.7, of=GENERATION, by=RADIAL), dense_layers=_first(2),
                   make=lambda: Radial.for_model("hunyuanvideo-4x", **EVERY)),
         ),
     ),
     Scene(
         model=WAN_1B, what="576 x 1024, 93 frames", grid=(24, 36, 64), train=True,
         setups=(
-            Setup(name="vmoba", preset="for_model 77x480x832", bar=1.48, quoted="1.48 x, arXiv:2506.23858",
+            Setup(name="vmoba", preset="for_model 77x480x832", bar=1.48, quoted=Quote(value=1.48, of="a training step", by=VMOBA),
                   make=lambda: VMoBA.for_model("77x480x832", **EVERY)),
         ),
     ),
@@ -257,7 +297,7 @@ SCENES: tuple[Scene, ...] = (
     Scene(
         model=FLUX_DEV, what="4096 x 4096", grid=(1, 256, 256),
         setups=(
-            Setup(name="rectified", preset="for_model flux", dense_layers=tuple(range(37, 57)), quoted="1.60 x, arXiv:2511.19835",
+            Setup(name="rectified", preset="for_model flux", dense_layers=tuple(range(37, 57)), quoted=Quote(value=1.6, of=GENERATION, by=RECTIFIED),
                   make=lambda: RectifiedSpaAttn.for_model("flux", **EVERY)),
             Setup(name="gna", preset="80 x 80, stride 16 x 16",
                   make=lambda: GNA(window=(1, 80, 80), stride=(1, 16, 16), **EVERY)),

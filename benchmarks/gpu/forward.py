@@ -23,6 +23,8 @@ from torch import Tensor, nn
 from torch.nn.attention import sdpa_kernel
 
 import mmeff
+from mmeff.diffusion_attn._base import SparseAttention
+from mmeff.kernels.calibration import sparse_ratio
 from mmeff.report import Span
 
 from .. import peers, timing
@@ -170,6 +172,25 @@ def once(
 # ---------------------------------------------------------------- a task
 
 
+def predicted(transformer: Any, scene: Scene, method: SparseAttention) -> dict[str, Any]:
+    """What `mmeff.plan` says of one forward of this transformer, and of its attention, before anything runs.
+
+    Returns: speedup and attention, times as fast as dense, both None with a `reason` where nothing is predicted; and `ratio`, the
+        throughput per visited pair that the plan goes by.
+    """
+    nothing = {"speedup": None, "attention": None}
+    if scene.train:
+        return {**nothing, "reason": "plans predict denoising, and this is a forward and a backward pass"}
+    sizes = {**scene.model.family.pixels(transformer.config, scene.grid), "text_tokens": scene.model.text}
+    plan = mmeff.plan(transformer, method, **sizes, num_inference_steps=1)
+    if plan.predicted_speedup is None:
+        return {**nothing, "reason": "; ".join(plan.fallbacks)}
+    return {
+        "speedup": plan.predicted_speedup, "attention": plan.predicted_attention,
+        "ratio": sparse_ratio(transformer.device.type),
+    }  # fmt: skip
+
+
 def measure(scene: Scene, setup: Setup, layers: dict[str, int], stage: Stage) -> dict[str, Any]:
     """The figures of a method on a scene with so many layers."""
     need("diffusers", "a denoising transformer")
@@ -177,6 +198,7 @@ def measure(scene: Scene, setup: Setup, layers: dict[str, int], stage: Stage) ->
     method = setup.make()
     method.check_grid(scene.grid)
     transformer, inputs = stage.model(scene, layers)
+    foretold = predicted(transformer, scene, method)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     stock = once(transformer, inputs, scene, device, None)  # warms up, too
@@ -209,7 +231,8 @@ def measure(scene: Scene, setup: Setup, layers: dict[str, int], stage: Stage) ->
         "layers": layers, "of_layers": scene.model.layers, "tokens": scene.tokens, "text": scene.model.text,
         "density": report.density, "backends": report.backends,
         "spans": {name: x / len(rounds) for name, x in report.seconds.items() if not name.startswith("denoising")},
-        "preset": setup.preset, "config": method.to_dict(), "quoted": setup.quoted,
+        "model": scene.model.name, "what": scene.what, "method": setup.name, "preset": setup.preset, "config": method.to_dict(),
+        "predicted": foretold, "quoted": None if setup.quoted is None else asdict(setup.quoted),
         "memory": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
     }  # fmt: skip
     if layers != scene.model.layers and not scene.train:

@@ -7,8 +7,9 @@ the throughput of the fastest dense attention in the same run, counted over usef
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Generator, Iterator
-from dataclasses import asdict
+import statistics
+from collections.abc import Callable, Generator, Iterable, Iterator
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -26,7 +27,7 @@ from ..timing import Timing, compare, runnable
 from ..workloads import Contender
 from .engine import Part, Task
 from .gate import gate_of
-from .rows import File
+from .rows import File, Row
 from .setting import Setting
 
 HEADS = (
@@ -37,7 +38,11 @@ DENSE = ("cudnn", "flash", "sdpa")
 # (direction, block): useful throughput relative to dense
 SHARE = {("forward", 128): 0.75, ("forward", 64): 0.55, ("forward+backward", 128): 0.6}
 AT_LEAST = {("forward", 128, 0.9): 7.0}  # a ratio that is stated by itself: 0.75 of ten times is 7.5
+CALIBRATION = "calibration, "
 GNA_BAR = 8.0
+GNA_NAME = "GNA 18x24x24, stride 16x8x8, on 30x48x80, permutation included"
+# NATTEN's sample, 24 heads; 23.4 ms without the permutation
+GNA_QUOTED = {"seconds": 0.0291, "dense_seconds": 0.2833, "hardware": "NVIDIA H100, 24 heads", "by": "NATTEN docs"}
 SECONDS = {"cpu": 0.01, "cuda": 1.5}  # for the rounds of a pair, once it has the fewest
 
 
@@ -154,6 +159,7 @@ def against_dense(case: Case, bar: float | None, setting: Setting) -> dict[str, 
         "seconds": found["ours"], "dense_seconds": found["theirs"], "fastest_dense": fastest,
         "useful_flops": _useful(case, found), "of_dense_rate": found["ratio"]["p50"] * (found["block_density"] or 1.0),
         "over_flex": None if flex is None else flex["p50"], "not_slower_than_flex": None if flex is None else flex["p50"] >= 1.0,
+        "operator": case.operator, "what": case.what, "direction": case.direction, "dtype": case.dtype, "shape": case.shape,
         "heads": case.H,
         "peers": {peer: x.get("reason") or {k: x[k] for k in ("ours", "theirs", "ratio", "clock", "rounds")} for peer, x in pairs.items()},
     }  # fmt: skip
@@ -171,10 +177,7 @@ def _useful(case: Case, found: dict[str, Any]) -> float | None:
 
 
 def gna(setting: Setting) -> dict[str, Any]:
-    """HunyuanVideo's published window as a method serves it, permutation included, against dense attention.
-
-    NATTEN's sample on an H100: 283.3 ms dense, 29.1 ms with the permutation and 23.4 without, 24 heads.
-    """
+    """HunyuanVideo's published window as a method serves it, permutation included, against dense attention."""
     grid: tuple[int, int, int] = setting.pick((30, 48, 80), (4, 8, 8))
     case = Neighborhood(
         N=grid[0] * grid[1] * grid[2], H=setting.pick(HEADS, 1), D=setting.pick(128, 16), grid=grid,
@@ -213,7 +216,7 @@ def gna(setting: Setting) -> dict[str, Any]:
         "seconds": asdict(best.ours), "dense_seconds": asdict(best.peer), "fastest_dense": fastest,
         "kernel_seconds": _spread(kernel, setting), "density": work.density, "block_density": blocks.block_density,
         "heads": case.H, "errors": {name: list(pair) for name, pair in errors.items()}, "unavailable": reasons,
-        "quoted": {"seconds": 0.0291, "dense_seconds": 0.2833, "hardware": "NVIDIA H100, 24 heads", "by": "NATTEN docs"},
+        "quoted": GNA_QUOTED,
     }  # fmt: skip
 
 
@@ -232,21 +235,88 @@ def calibrated(direction: str, setting: Setting) -> dict[str, Any]:
             "dense_multiply_adds": found.dense, "ratios": dict(found.ratios)}  # fmt: skip
 
 
+@dataclass(frozen=True)
+class Visited:
+    """Throughput per visited pair relative to dense attention, which `predicted_speedup()` takes to be the same at every density.
+
+    ratio: the geometric mean over the densities, the least-squares fit of a constant to logarithms. low, high: the extremes.
+    """
+
+    case: str  # all but the density
+    densities: tuple[float, ...]
+    ratio: float
+    low: float
+    high: float
+
+    @property
+    def spread(self) -> float:
+        """How far apart the extremes are; 0 where the model holds."""
+        return self.high / self.low - 1
+
+
+def visited(points: Iterable[tuple[str, float, float]]) -> list[Visited]:
+    """Fit a ratio to every case of at least two densities.
+
+    Args: points: case, density of the blocks that are visited, and times as fast as dense.
+    """
+    found: dict[str, dict[float, float]] = {}
+    for case, density, speedup in points:
+        found.setdefault(case, {})[density] = speedup * density
+    return [
+        Visited(case, tuple(sorted(of)), statistics.geometric_mean(of.values()), min(of.values()), max(of.values()))
+        for case, of in found.items()
+        if len(of) > 1
+    ]
+
+
+def swept(rows: Iterable[Row]) -> list[Visited]:
+    """The fits of the sweep of densities: block-sparse attention in random blocks."""
+    points = []
+    for row in rows:
+        x = row.figures
+        if (
+            row.status == "measured"
+            and x.get("operator") == "block_sparse_attention"
+            and x["what"].startswith("random")
+        ):
+            shape = " ".join(f"{letter}{x['shape'][letter]}" for letter in ("N", "H", "D"))
+            what = x["what"].partition(",")[0]
+            points.append((f"{what}, {x['direction']}, {x['dtype']}, {shape}", x["block_density"], x["value"]))
+    return visited(points)
+
+
+def entries(file: File) -> str:
+    """Lines of `_DEFAULTS` in `mmeff/kernels/calibration.py` from the rows of calibration, with what the sweep of densities says."""
+    lines = []
+    for row in file.latest("kernels"):
+        direction = row.name.removeprefix(CALIBRATION)
+        if row.status != "measured" or direction == row.name:
+            continue
+        x = row.figures
+        ratios = ", ".join(f'"{name}": {ratio:.2f}' for name, ratio in x["ratios"].items())
+        lines += [
+            f"    # {row.hardware}, {row.date[:10]}",
+            f'    ("{file.setting.device.type}", "{direction}"): Rates({x["dense_multiply_adds"]:.2g}, {{{ratios}}}),',
+        ]
+    if lines:
+        lines += [
+            f"    # {fit.case}: {fit.ratio:.2f} ({fit.low:.2f} to {fit.high:.2f} over {len(fit.densities)} densities)"
+            for fit in swept(file.latest("kernels"))
+        ]
+    return "\n".join(lines)
+
+
 def tasks(setting: Setting, file: File) -> Generator[Task, None, None]:
     """Ceilings, the bars, GNA, then the rest."""
     yield Task(name="ceiling: copy within the device", seconds=10, run=partial(copy_bandwidth, setting))
     yield Task(name="ceiling: bfloat16 matrix product", seconds=10, run=partial(matmul_rate, setting))
     for i, (case, bar) in enumerate(table(smoke=setting.smoke)):
         if i == 1:
-            yield Task(
-                name="GNA 18x24x24, stride 16x8x8, on 30x48x80, permutation included",
-                seconds=30,
-                run=partial(gna, setting),
-            )
+            yield Task(name=GNA_NAME, seconds=30, run=partial(gna, setting))
         yield Task(name=case.name, seconds=20 if bar is None else 60, run=partial(against_dense, case, bar, setting))
     if not setting.smoke:  # on a CPU this would be kept, and shift what "auto" takes
         for direction in ("forward", "backward"):
-            yield Task(name=f"calibration, {direction}", seconds=20, run=partial(calibrated, direction, setting))
+            yield Task(name=f"{CALIBRATION}{direction}", seconds=20, run=partial(calibrated, direction, setting))
 
 
 PART = Part(name="kernels", weight=3, tasks=tasks)

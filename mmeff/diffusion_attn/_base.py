@@ -201,10 +201,12 @@ class SparseAttention(MethodConfig, ABC):
         """Layers with equal keys share one layout, or one expectation where the layout is dynamic; by default all do."""
         return None
 
-    def expect(self, *, grid: Grid, text_len: int = 0, layer: int = 0) -> Expected:
+    def expect(self, *, grid: Grid, text_len: int = 0, layer: int = 0, ratio: float | None = None) -> Expected:
         """What a plan may say of a layer before anything runs.
 
-        Args: as `layout`.
+        Args:
+            grid, text_len, layer: as `layout`. ratio: throughput of the kernel per visited pair, relative to dense attention;
+                None is that of this machine's processor, as `BlockLayout.predicted_speedup`.
         Returns: density and predicted attention speedup; of the layout, or, where that depends on the data, of the one
             that random queries and keys of one head give. Trained ones are more peaked, and selected by mass they need less.
         Raises: as `check_grid`.
@@ -214,7 +216,8 @@ class SparseAttention(MethodConfig, ABC):
             layout = self.kernel_layout(grid=grid, text_len=text_len, q=q, k=k, layer=layer)
         else:
             layout = self.kernel_layout(grid=grid, text_len=text_len, layer=layer)
-        return Expected(layout.density, 1.0 if layout.is_full else layout.predicted_speedup())
+        # a full layout goes to the model's own attention
+        return Expected(layout.density, 1.0 if layout.is_full else layout.predicted_speedup(ratio))
 
     @staticmethod
     def _random_tokens(grid: Grid, text_len: int) -> tuple[Tensor, Tensor]:

@@ -225,12 +225,13 @@ class VMoBA(SparseAttention):
     def layout_key(self, layer: int) -> Hashable:
         return self.turn(layer)
 
-    def expect(self, *, grid: Grid, text_len: int = 0, layer: int = 0) -> Expected:
+    def expect(self, *, grid: Grid, text_len: int = 0, layer: int = 0, ratio: float | None = None) -> Expected:
         self.check_grid(grid, text_len)
         q, k = self._random_tokens(grid, text_len)
         routes = self.routes(grid=grid, q=q, k=k, text_len=text_len, layer=layer)
         picks = int(routes.picked.sum()) / math.prod(routes.picked.shape[:3])
-        cost = relative_cost(routes.density, picks, math.prod(grid) + text_len, sparse_ratio("cpu"))
+        ratio = sparse_ratio("cpu") if ratio is None else ratio
+        cost = relative_cost(routes.density, picks, math.prod(grid) + text_len, ratio)
         return Expected(routes.density, 1 / cost)
 
     @torch.no_grad()

@@ -92,12 +92,16 @@ def cost(
     return share / at.ratios.get(backend, 0.5) + overhead * at.dense / max(multiply_adds, 1.0)
 
 
-def sparse_ratio(device_type: str) -> float:
-    """Return the throughput per visited pair relative to dense attention of the fastest sparse backend there."""
+def sparse_rates(device_type: str) -> Rates:
+    """Return the forward speeds that plans go by: of float32 on CPUs, of bfloat16 elsewhere, measured or the default."""
     dtype = "float32" if device_type == "cpu" else "bfloat16"
     default = _DEFAULTS.get((device_type, "forward")) or _DEFAULTS["cpu", "forward"]
-    at = _stored(_machine(device_type)).get(f"forward {dtype}", default)
-    return max(ratio for name, ratio in at.ratios.items() if name != "masked")
+    return _stored(_machine(device_type)).get(f"forward {dtype}", default)
+
+
+def sparse_ratio(device_type: str) -> float:
+    """Return the throughput per visited pair relative to dense attention of the fastest sparse backend there."""
+    return max(ratio for name, ratio in sparse_rates(device_type).ratios.items() if name != "masked")
 
 
 def calibrate(

@@ -1,7 +1,7 @@
 """Vision towers of the tiny VLM other than CLIP: small members of the families in `mmeff.vision_backbones`.
 
 The tokens are those of CLIP's tower, one per 8 x 8 pixels: the second map of a pyramid, or the only one of an isotropic network
-with such patches. Whatever a name says of size is replaced; what remains of it is the family and its kind.
+with such patches. Whatever a name says of size is replaced; what remains of it is the family and its kind. Their tokens get positions.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def model_args(name: str, *, size: int, patch: int) -> dict[str, Any]:
         args = {**args, "patch_size": patch}
     if name.startswith("vitrpb"):
         args = {**args, "img_size": size}
-    return {"backbone": name, "index": index, "backbone_args": args}
+    return {"backbone": name, "index": index, "backbone_args": args, "grid": [size // patch] * 2}
 
 
 def _small(name: str) -> tuple[int, dict[str, Any]] | None:

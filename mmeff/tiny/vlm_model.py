@@ -108,12 +108,13 @@ def model(*, size: int = scenes.SIZE, tower: str = "") -> Any:
     net.generation_config.pad_token_id = 0
     net.generation_config.bos_token_id = 1
     net.generation_config.eos_token_id = 2
-    if tower:
-        towers.initialise(net.model.vision_tower)
-        return net
+    eye, places = net.model.vision_tower, _sincos_2d(size // PATCH, DIM) * 0.5
     with torch.no_grad():
-        table = net.model.vision_tower.embeddings.position_embedding.weight
-        table[1:] = _sincos_2d(size // PATCH, DIM) * 0.5
+        if tower:
+            towers.initialise(eye)
+            eye.timm_model.positions.copy_(places)
+        else:
+            eye.embeddings.position_embedding.weight[1:] = places
     return net
 
 

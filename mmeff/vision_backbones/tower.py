@@ -14,6 +14,7 @@ with `vision_feature_layer=-1` and `vision_feature_select_strategy="full"`, sinc
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -31,6 +32,9 @@ class VisionTower(nn.Module):
     Args:
         backbone: a timm name. index: which of its feature maps, counted as `features_only` counts; what lies behind is not
             built into the tower. backbone_args: further arguments of the backbone.
+        grid: rows and columns of that map, to add a learned table of positions to its tokens; pictures of other sizes are
+            refused then. Backbones without absolute positions leave a language model nothing but the order of tokens to say
+            where they lie.
         pretrained: whether to load the backbone's weights.
         pretrained_cfg_overlay: as for timm.create_model; `dict(file=path)` loads an official file.
         device, dtype: of the norm; the backbone's go into backbone_args.
@@ -44,6 +48,7 @@ class VisionTower(nn.Module):
         index: int = -1,
         backbone_args: Mapping[str, Any] | None = None,
         *,
+        grid: Sequence[int] | None = None,
         pretrained: bool = False,
         pretrained_cfg_overlay: Mapping[str, Any] | None = None,
         device: Any = None,
@@ -60,16 +65,28 @@ class VisionTower(nn.Module):
         self.reduction = int(self.net.feature_info.reduction()[0])  # pixels along a side of a token
         self.pretrained_cfg = self.default_cfg = self.net.pretrained_cfg
         self.norm = nn.LayerNorm(self.num_features, device=device, dtype=dtype)
+        self.grid = None if grid is None else tuple(map(int, grid))
+        self.positions = None
+        if self.grid is not None:
+            table = torch.empty(math.prod(self.grid), self.num_features, device=device, dtype=dtype)
+            self.positions = nn.Parameter(nn.init.trunc_normal_(table, std=0.02))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Images (B, C, H, W) -> tokens (B, V, num_features)."""
+        """Images (B, C, H, W) -> tokens (B, V, num_features). Raises: ValueError for a map that is not the grid."""
         return self.forward_features(x)
 
     def forward_features(self, x: Tensor) -> Tensor:
         """As `forward`."""
         (found,) = self.net(x)
         tokens: Tensor = self.norm(found.flatten(2).transpose(1, 2))
-        return tokens
+        if self.positions is None:
+            return tokens
+        if found.shape[2:] != self.grid:
+            raise ValueError(
+                f"this vision_tower has positions for maps of {self.grid} tokens, and pictures of {tuple(x.shape[2:])} pixels make "
+                f"{tuple(found.shape[2:])}; resize them, or create the tower without a grid."
+            )
+        return tokens + self.positions
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """The mean token; there is no classifier, before which pre_logits would stop."""
@@ -100,6 +117,7 @@ def vision_tower(
     backbone: str,
     index: int = -1,
     backbone_args: Mapping[str, Any] | None = None,
+    grid: Sequence[int] | None = None,
     num_classes: int = 0,
     pretrained_cfg_overlay: Mapping[str, Any] | None = None,
     pretrained_cfg: Any = None,
@@ -114,6 +132,6 @@ def vision_tower(
                 f"vision_tower has no classifier and no weights of its own, so {name} must be left out, got {value!r}"
             )
     return VisionTower(
-        backbone, index, backbone_args, pretrained=pretrained, pretrained_cfg_overlay=pretrained_cfg_overlay,
+        backbone, index, backbone_args, grid=grid, pretrained=pretrained, pretrained_cfg_overlay=pretrained_cfg_overlay,
         device=device, dtype=dtype,
     )  # fmt: skip

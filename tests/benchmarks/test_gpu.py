@@ -22,7 +22,11 @@ from benchmarks.gate import GateFailed
 from benchmarks.gpu import denoisers, engine, forward, gate, prefill, report, rows, setting, sweep, workers
 from benchmarks.gpu.engine import Clock, Part, Task
 from benchmarks.gpu.workers import Answer, Workers
+from mmeff.accelerate import find_host
+from mmeff.diffusion_attn.gna import GNA
+from mmeff.diffusion_attn.vmoba import VMoBA
 from mmeff.kernels import tuned
+from mmeff.kernels.calibration import sparse_ratio
 from mmeff.kernels.tuned import Tiles
 
 CPU = torch.device("cpu")
@@ -115,6 +119,52 @@ def test_figures_of_a_forward(smoke):
     assert 0 < x["density"] < 1 and x["layers"] == layers and x["of_layers"] == scene.model.layers
     assert x["estimated"]["dense_seconds"] > x["dense_seconds"], "sixty layers take longer than three"
     assert x["estimated"]["value"] == pytest.approx(x["estimated"]["with_dense_layers"]), "no layer of it stays dense"
+    assert x["predicted"]["attention"] > x["predicted"]["speedup"] > 1 and x["predicted"]["ratio"] > 0
+    assert x["quoted"]["value"] == 1.9 and x["quoted"]["by"] == "arXiv:2506.19852"
+
+
+@pytest.mark.parametrize("scene", denoisers.SCENES, ids=lambda s: f"{s.model.name} {s.what}")
+def test_plans_are_of_the_grid_that_is_measured(scene):
+    model = denoisers.construct(scene.model, scene.cut or scene.model.cut, torch.device("meta"))
+    host = find_host(model, GNA())
+    found = host.dimensions(model, model, **scene.model.family.pixels(model.config, scene.grid))
+    assert found.grid == scene.grid and not found.reasons
+    assert host.joint == scene.model.family.joint
+
+
+def small(family, train=False):
+    return next(s for s in denoisers.scenes(smoke=True) if s.model.family is family and s.train == train)
+
+
+def test_what_is_predicted_counts_every_layer_that_was_built():
+    scene = small(denoisers.WAN)
+    model = denoisers.construct(scene.model, {"blocks": 3}, torch.device("meta"))
+    method = VMoBA(chunks=((2,), (2, 2), (1, 3, 4)), top_k=2, threshold=None)  # three ways to cut the video, in turn
+    found = forward.predicted(model, scene, method)
+    each = [method.expect(grid=scene.grid, layer=layer).speedup for layer in range(3)]
+    assert len(set(each)) == 3
+    assert found["attention"] == pytest.approx(3 / sum(1 / x for x in each))
+    assert found["attention"] < found["speedup"] < 1, "tiny chunks are a loss, and called one"
+    assert found["ratio"] == sparse_ratio("cpu")
+
+
+def test_text_in_self_attention_is_part_of_what_is_predicted():
+    scene = small(denoisers.FLUX)
+    model = denoisers.construct(scene.model, scene.model.cut, torch.device("meta"))
+    method = GNA(window=(1, 4, 4), tile=(1, 2, 4), block=8)
+    expected = method.expect(grid=scene.grid, text_len=scene.model.text).speedup
+    assert forward.predicted(model, scene, method)["attention"] == pytest.approx(expected)
+    assert expected != pytest.approx(method.expect(grid=scene.grid).speedup), "the text changes it"
+
+
+def test_where_nothing_is_predicted_the_row_says_why():
+    scene = small(denoisers.WAN, train=True)
+    model = denoisers.construct(scene.model, scene.model.cut, torch.device("meta"))
+    found = forward.predicted(model, scene, scene.setups[0].make())
+    assert found["speedup"] is None and "a forward and a backward pass" in found["reason"]
+    every = replace(small(denoisers.WAN).setups[0].make(), dense_layers=1)
+    found = forward.predicted(model, replace(scene, train=False), every)
+    assert found["attention"] is None and found["reason"] == "the schedule leaves no layer and step to the method"
 
 
 def test_an_estimate_adds_the_layers_that_are_not_there(smoke):

@@ -5,10 +5,14 @@ from __future__ import annotations
 import csv
 import io
 import json
+from dataclasses import asdict
+from importlib import import_module
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
+from benchmarks.gpu import denoisers, engine, prefill, rows, setting
 from demos import charts
 from demos.app import Page
 from demos.results import UNRECORDED, Figure, Results, as_csv, rows_folder, table
@@ -117,6 +121,115 @@ def test_rows_of_another_setting_are_not_mixed_in(tmp_path):
     (tmp_path / "pruning-tiny-vlm.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (found,) = Results(tmp_path).select(metric="exact match, %", cases=["all kinds of question"])
     assert found.value == 100.0 and found.count == "2 questions"
+
+
+# ---------------------------------------------------------------- rows of a GPU
+
+
+@pytest.fixture(scope="module")
+def gpu_rows():
+    """What the real code writes of every part but the backbones, which take too long, at tiny sizes; as if an H200 had."""
+    here = setting.here(smoke=True, commit="c0ffee")
+    file = rows.File(Path("kept in memory"), here)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prefill, "SHAPES", prefill.SHAPES[:1])
+        every = denoisers.scenes(smoke=True)
+        patch.setattr(denoisers, "scenes", lambda *, smoke: [s for s in every if s.model.family is denoisers.WAN])
+        parts = [
+            import_module(f"benchmarks.gpu.{name}").PART for name in ("gate", "sweep", "kernels", "forward", "prefill")
+        ]
+        assert engine.run(parts, file, seconds=6000, again=False, tick=lambda *_: None).failed == 0
+    return [{**asdict(row), "hardware": "NVIDIA H200"} for row in file.rows]
+
+
+def gpu_row(part, name, status="measured", figures=None, reason=None, hardware="NVIDIA H200"):
+    return {"part": part, "name": name, "status": status, "reason": reason, "figures": figures or {}, "took": 1.0, "gpu": {},
+            "hardware": hardware, "environment": {"torch": "2.11.0"}, "commit": "c0ffee", "date": "2026-12-01T10:00:00+00:00"}  # fmt: skip
+
+
+def of(tmp_path, lines):
+    (tmp_path / "h200.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = Results(tmp_path)
+    assert found.problems == []
+    return found
+
+
+def test_rows_of_a_gpu_are_figures_with_their_machine(tmp_path, gpu_rows):
+    ratio = {"p20": 1.1, "p50": 1.25, "p80": 1.3}
+    biformer = {
+        "value": 3120.0,
+        "memory": 2**30,
+        "peers": {"swin_tiny": {"ratio": ratio}, "plain form": {"ratio": ratio}},
+    }
+    found = of(tmp_path, [*gpu_rows, gpu_row("backbones", "biformer_tiny | 224 x 224 | batch 128", figures=biformer)])
+    assert {f.hardware for f in found.figures} == {"NVIDIA H200"} and {f.device for f in found.figures} == {"cuda"}
+    assert all("torch" in f.versions and f.commit == "c0ffee" and f.date for f in found.figures)
+    assert found.topics == [("h200", "h200")]
+    metrics = set(found.choices("metric", kind="measured"))
+    assert metrics >= {
+        "error, share of what is allowed", "runs with the same bits", "gain over the table of tiles", "ceiling, Tbytes/s",
+        "speedup over the fastest dense attention", "milliseconds per call", "useful TFLOP/s", "speedup of the forward pass",
+        "speedup of forward and backward", "speedup of attention", "density of attention", "prefill saved, % of dense",
+        "selection, % of dense prefill", "speedup of a whole answer", "pictures per second", "speedup over its plain form",
+        "speedup over the swin of its size",
+    }  # fmt: skip
+    (row,) = [r for r in gpu_rows if r["part"] == "forward" and r["figures"]["direction"] == "forward"]
+    (measured,) = found.select(metric="speedup of the forward pass", kind="measured")
+    (predicted,) = found.select(metric="speedup of the forward pass", kind="predicted")
+    assert (measured.value, measured.low) == (row["figures"]["ratio"]["p50"], row["figures"]["ratio"]["p20"])
+    assert measured.loss and measured.method == predicted.method == "radial" and "layers 1 of 40" in measured.case
+    assert predicted.value == row["figures"]["predicted"]["speedup"] and predicted.kind == "predicted"
+    (estimated,) = found.select(metric="speedup of the forward pass, estimated for all layers")
+    assert estimated.kind == "predicted", "an estimate is no measurement"
+    assert not found.select(metric="speedup of forward and backward", kind="predicted"), "no plan predicts training"
+    (gna,) = found.select(metric="speedup over the fastest dense attention", methods=["GNA"])
+    assert gna.value == next(r for r in gpu_rows if r["name"].startswith("GNA"))["figures"]["value"]
+
+
+def test_blocks_on_a_gpu_are_a_curve_and_calibrations_are_kept(tmp_path, gpu_rows):
+    row = next(r for r in gpu_rows if r["figures"].get("what", "").startswith("random"))
+    sparser = {
+        **row,
+        "name": "another",
+        "figures": {**row["figures"], "what": "random 16-blocks, sparsity 0.75", "block_density": 0.25},
+    }
+    rates = gpu_row("kernels", "calibration, forward", figures={"ratios": {"triton": 0.7, "masked": 0.3}})
+    found = of(tmp_path, [row, sparser, rates])
+    curve = found.select(metric="speedup over the fastest dense attention")
+    assert [f.x for f in curve] == [50.0, 75.0] and len({f.case for f in curve}) == 1
+    assert all(f.axis == "blocks left out, %" and f.low <= f.value <= f.high for f in curve)
+    ratios = found.select(metric="throughput per visited pair over dense")
+    assert {f.method: f.value for f in ratios} == {"triton": 0.7, "masked": 0.3}
+
+
+def test_what_a_gpu_could_not_run_is_said(tmp_path, gpu_rows):
+    made = [
+        *gpu_rows, gpu_row("prefill", "LLaVA | x | batch 32 | FastV", "skipped", reason="out of memory"),
+        gpu_row("forward", "a | b", "failed", reason="TypeError in call"),
+        gpu_row("gate", "a kernel | case", figures={"of_allowed": 0.5}),
+        gpu_row("gate", "a kernel | case", "wrong", reason="red gate: off by 3"),
+        gpu_row("sweep", "a key | N64", figures={"gain": None, "best": None, "key": "a key"}),
+    ]  # fmt: skip
+    found = of(tmp_path, made)
+    reasons = {s.what: s.reason for s in found.skipped_of("h200")}
+    assert reasons == {
+        "gate: tests of the kernels": "the tests that are marked gpu need a CUDA device; `make test` runs the others",
+        "prefill: LLaVA | x | batch 32 | FastV": "out of memory", "forward: a | b": "failed: TypeError in call",
+        "gate: a kernel | case": "wrong: red gate: off by 3", "sweep: a key | N64": "no candidate runs and is right",
+    }  # fmt: skip
+    assert not found.select(metric="error, share of what is allowed", methods=["a kernel"]), (
+        "what is wrong now, was not right"
+    )
+
+
+def test_of_a_task_on_a_gpu_the_last_measurement_counts_and_machines_stay_apart(tmp_path):
+    def ceiling(value, **more):
+        return gpu_row("kernels", "ceiling: copy", figures={"value": value, "unit": "bytes/s"}, **more)
+
+    later = gpu_row("kernels", "ceiling: copy", "skipped", reason="busy")
+    found = of(tmp_path, [ceiling(1e12), ceiling(4e12), later, ceiling(2e12, hardware="NVIDIA H100")])
+    assert {f.hardware: f.value for f in found.figures} == {"NVIDIA H200": 4.0, "NVIDIA H100": 2.0}
+    assert found.skipped == []
 
 
 def test_csv_holds_every_field(results):

@@ -28,7 +28,7 @@ def served(monkeypatch):
 
     def serve(settings, **options):
         calls.append((settings, options))
-        nothing = SimpleNamespace(url="http://127.0.0.1:1/", shared=None, wait=lambda: None)
+        nothing = SimpleNamespace(url="http://127.0.0.1:1/", shared=None, wait=lambda: None, loading=False)
         nothing.close = lambda: calls.append("closed")
         return nothing
 
@@ -48,6 +48,17 @@ def test_defaults_are_this_machine_and_the_embedded_models(served):
     (settings, options), closed = served
     assert options == {"host": "127.0.0.1", "port": 7860, "share": False} and closed == "closed"
     assert settings.models == cli_demo.load_demos().EMBEDDED and settings.per_user == 2
+
+
+def test_it_ends_at_once_while_models_are_still_being_loaded(monkeypatch):
+    calls = []
+    busy = SimpleNamespace(
+        url="here", shared=None, wait=lambda: None, loading=True, close=lambda: calls.append("closed")
+    )
+    monkeypatch.setattr(cli_demo.load_demos(), "serve", lambda *args, **options: busy)
+    monkeypatch.setattr(os, "_exit", calls.append)
+    invoke()
+    assert calls == ["closed", 0]
 
 
 def test_options_reach_the_settings(served):
@@ -96,7 +107,7 @@ def test_the_package_of_the_checkout_is_found_under_the_librarys_name(monkeypatc
 
 def test_the_command_serves_and_stops(tmp_path):
     """As a user starts it: a page within seconds, and nothing left behind after Ctrl+C."""
-    env = {**os.environ, "HF_HUB_OFFLINE": "1", "TMPDIR": str(tmp_path)}
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "TMPDIR": str(tmp_path), "PYTHONFAULTHANDLER": "1"}
     began = time.monotonic()
     command = [sys.executable, "-m", "mmeff.cli", "demo", "--port", "0"]
     process = subprocess.Popen(
@@ -111,7 +122,12 @@ def test_the_command_serves_and_stops(tmp_path):
         assert page.status_code == 200 and "mmeff demo" in page.text
         assert seconds < 60  # under 10 on two idle cores; here other tests run beside it
         process.send_signal(signal.SIGINT)
-        assert process.wait(60) in (0, 130)
+        try:
+            code = process.wait(60)
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGABRT)  # which prints where every thread stands
+            pytest.fail(f"Ctrl+C did not stop it:\n{process.communicate()[1]}")
+        assert code in (0, 130)
     finally:
         process.kill()
     assert [one.name for one in tmp_path.iterdir() if one.name.startswith("mmeff-")] == []

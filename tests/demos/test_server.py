@@ -7,6 +7,7 @@ import threading
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import numpy as np
@@ -16,6 +17,7 @@ from gradio_client.exceptions import AppError
 from PIL import Image
 
 from demos import Settings, serve
+from demos.server import Server
 from mmeff.registry import build
 from mmeff.video_io import read
 
@@ -251,3 +253,24 @@ def test_nothing_calls_home(http):
     for host in ("googleapis", "gstatic", "cdnjs", "jsdelivr", "huggingface.co"):
         assert f"//fonts.{host}" not in page and f'src="https://{host}' not in page
     assert json.loads(http.get("gradio_api/info").text)["named_endpoints"]
+
+
+def test_a_server_that_is_closed_loads_no_further_model(tmp_path):
+    loaded = []
+    models = SimpleNamespace(
+        offers={n: SimpleNamespace(name=n, embedded=True) for n in "abc"}, load=lambda offer: load(offer)
+    )
+    service = SimpleNamespace(models=models, turns=SimpleNamespace(waiting=[]), close=lambda: None)
+    begun = threading.Event()
+
+    def load(offer):
+        loaded.append(offer.name)
+        begun.set()
+        assert running._closed.wait(20)
+
+    app = SimpleNamespace(close=lambda verbose: None)
+    running = Server(app, service, "", None, str(tmp_path / "uploads"), warm=True)
+    assert begun.wait(60) and running.loading
+    running.close()
+    running._warming.join(20)
+    assert loaded == ["a"] and not running.loading

@@ -10,8 +10,9 @@ from diffusers import WanTransformer3DModel
 from small_wan import FULL, SPARSE, generate, make_pipe
 
 import mmeff
-from mmeff.diffusion_attn import Radial
+from mmeff.diffusion_attn import Radial, VMoBA
 from mmeff.diffusion_attn.hosts.wan import WanHost
+from mmeff.kernels import calibration
 
 
 def test_the_plan_says_what_the_report_says(monkeypatch):
@@ -44,6 +45,37 @@ def test_predictions_follow_the_multiply_adds():
     assert factor > 2 and plan.predicted_speedup == pytest.approx(expected)
     half = mmeff.plan(wan, method.replace(dense_layers=1), height=720, width=1280)
     assert 1 < half.predicted_speedup < plan.predicted_speedup
+
+
+@pytest.mark.parametrize(
+    "method", [SPARSE, VMoBA(chunks=((1, 3, 3),), top_k=2, threshold=None, dense_steps=0, dense_layers=0)]
+)
+def test_predictions_are_those_of_the_device_that_computes(method, monkeypatch):
+    pipe, sizes = make_pipe(), {"height": 48, "width": 48, "num_frames": 9, "num_inference_steps": 2}
+    at = {}
+    monkeypatch.setattr(calibration, "_machine", lambda device_type: f"a {device_type}")
+    monkeypatch.setattr(calibration, "_loaded", {"a cpu": {}, "a cuda": at})
+
+    def attention():
+        plan = mmeff.plan(pipe, method, **sizes)
+        return plan.predicted_attention, dict(plan.rows)
+
+    here, rows = attention()
+    assert (
+        rows["predicted for"]
+        == "this CPU: 1.30 of dense throughput per visited pair, assumed; `mmeff calibrate` measures it"
+    )
+    # weights that wait on the CPU for a GPU to compute with them
+    monkeypatch.setattr(type(pipe), "_execution_device", property(lambda self: torch.device("cuda:0")))
+    there, rows = attention()
+    assert rows["predicted for"].startswith("this GPU: 0.50 of dense") and "assumed" in rows["predicted for"]
+    assert "attention of a layer on this GPU" not in rows
+    at["forward bfloat16"] = calibration.Rates(1e14, {"triton": 0.8, "masked": 3.0}, measured=True)
+    measured, rows = attention()
+    assert rows["predicted for"] == "this GPU: 0.80 of dense throughput per visited pair, measured"
+    assert rows["attention of a layer on this GPU"].endswith("in bfloat16")
+    assert there < measured < here
+    assert method.dynamic or there / measured == pytest.approx(0.5 / 0.8)
 
 
 @pytest.mark.parametrize(

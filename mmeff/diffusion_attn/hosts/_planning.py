@@ -13,8 +13,10 @@ from mmeff.diffusion_attn._base import Expected, Grid, SparseAttention
 from mmeff.diffusion_attn._ordered import KernelLayout, OrderedLayout
 from mmeff.handle import describe_model
 from mmeff.kernels import BlockLayout, Bounds
-from mmeff.kernels.calibration import rates
+from mmeff.kernels.calibration import Rates, sparse_rates, sparse_ratio
 from mmeff.report import Plan
+
+_NAMES = {"cpu": "this CPU", "cuda": "this GPU"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +51,8 @@ def make_plan(
     """Combine the sizes, the schedule, the layouts and the work of a forward into a Plan.
 
     Returns: a Plan whose `density` is the mean over the calls in which the method acts, as in a report, and whose
-        `predicted_speedup` is that of the whole denoising loop: the layouts' predictions weighted by multiply-adds.
+        `predicted_speedup` is that of the whole denoising loop on the model's device: the layouts' predictions weighted by
+        multiply-adds.
         `layouts["video"]` is what the kernel reads in the first layer that the method serves; its blocks may be tiles.
     Raises: ValueError if the schedule names layers that the model does not have.
     """
@@ -64,6 +67,8 @@ def make_plan(
     rows.append(("dense layers", f"{len(dense_layers)} of {num_layers}{_ranges(dense_layers)}"))
     rows.append(("sparse layer calls", f"{sparse_steps * len(sparse_layers)} of {num_steps * num_layers}"))
 
+    device = _device(model)
+    at, ratio = sparse_rates(device.type), sparse_ratio(device.type)
     layouts: dict[int, KernelLayout] = {}
     expected: dict[int, Expected] = {}
     try:
@@ -77,15 +82,18 @@ def make_plan(
             rows.append(
                 ("note", "the layout depends on the data; density and speed are those of random queries and keys")
             )
-            expected = _expected(method, sizes, sparse_layers)
+            expected = _expected(method, sizes, sparse_layers, ratio)
         else:
             layouts = _layouts(method, sizes, sparse_layers)
-            expected = {layer: Expected(layout.density, _factor(layout)) for layer, layout in layouts.items()}
+            expected = {
+                layer: Expected(layout.density, 1.0 if layout.is_full else layout.predicted_speedup(ratio))
+                for layer, layout in layouts.items()
+            }
 
     total = num_steps * (work.outside + num_layers * (work.layer + work.attention))
     share = num_steps * num_layers * work.attention / total
     rows.append(("self-attention's share", f"{share:.1%} of the multiply-adds of dense denoising"))
-    density = speedup = None
+    density = speedup = factor = None
     if layouts:
         blocks = sum(_blocks(layout).block_density for layout in layouts.values()) / len(layouts)
         first = _blocks(next(iter(layouts.values())))
@@ -100,7 +108,14 @@ def make_plan(
         factor = len(expected) / sum(1 / e.speedup for e in expected.values())
         rows.append(("density", f"{density:.4f} of the pairs{_by_layer(expected)}"))
         rows.append(("predicted attention speedup", f"{factor:.2f}x where sparse"))
-        rows += _seconds(work.attention, factor)
+        known = "measured" if at.measured else "assumed; `mmeff calibrate` measures it"
+        rows.append(
+            (
+                "predicted for",
+                f"{_NAMES.get(device.type, device.type)}: {ratio:.2f} of dense throughput per visited pair, {known}",
+            )
+        )
+        rows += _seconds(work.attention, factor, at, device.type)
         rows.append(("predicted denoising speedup", f"{speedup:.2f}x"))
         if layouts and all(layout.is_full for layout in layouts.values()):
             reasons.append("the layout attends to everything, so every call takes the model's own dense attention")
@@ -115,9 +130,22 @@ def make_plan(
         rows=tuple(rows),
         density=density,
         predicted_speedup=speedup,
+        predicted_attention=factor,
         fallbacks=tuple(reasons),
         layouts={"video": _blocks(next(iter(layouts.values())))} if layouts else {},
     )
+
+
+def _device(model: Any) -> torch.device:
+    """The device that a model computes on: of a pipeline whose weights wait elsewhere, that which they come to; of a model
+    without weights, the one it would go to."""
+    found = getattr(model, "_execution_device", None) or getattr(model, "device", None)
+    if found is None:
+        found = next((p.device for p in model.parameters()), "cpu")
+    device = torch.device(found)
+    if device.type == "meta":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return device
 
 
 def _schedule(method: SparseAttention, num_steps: int, num_layers: int) -> tuple[list[int], list[int]]:
@@ -145,13 +173,13 @@ def _layouts(method: SparseAttention, sizes: Dimensions, layers: list[int]) -> d
     return {layer: by_key[method.layout_key(layer)] for layer in layers}
 
 
-def _expected(method: SparseAttention, sizes: Dimensions, layers: list[int]) -> dict[int, Expected]:
+def _expected(method: SparseAttention, sizes: Dimensions, layers: list[int], ratio: float) -> dict[int, Expected]:
     """What to expect of every given layer of a dynamic method."""
     by_key: dict[Any, Expected] = {}
     for layer in layers:
         key = method.layout_key(layer)
         if key not in by_key:
-            by_key[key] = method.expect(grid=sizes.grid, text_len=sizes.text_len, layer=layer)
+            by_key[key] = method.expect(grid=sizes.grid, text_len=sizes.text_len, layer=layer, ratio=ratio)
     return {layer: by_key[method.layout_key(layer)] for layer in layers}
 
 
@@ -165,21 +193,17 @@ def _by_layer(expected: dict[int, Expected]) -> str:
     return " (" + "; ".join(f"layers{_ranges(which)} {density}" for density, which in layers.items()) + ")"
 
 
-def _seconds(attention: float, factor: float) -> list[tuple[str, str]]:
+def _seconds(attention: float, factor: float, at: Rates, device_type: str) -> list[tuple[str, str]]:
     """How long one layer's attention takes at batch 1, dense and sparse, where this machine was calibrated."""
-    at = rates(torch.device("cpu"), torch.float32, "forward")
     if not at.measured:
         return []
-    dense = attention / at.dense
-    return [("attention of a layer on this CPU", f"{dense:.3g} s dense, {dense / factor:.3g} s sparse, in float32")]
+    dense, dtype = attention / at.dense, "float32" if device_type == "cpu" else "bfloat16"
+    where = f"attention of a layer on {_NAMES.get(device_type, device_type)}"
+    return [(where, f"{dense:.3g} s dense, {dense / factor:.3g} s sparse, in {dtype}")]
 
 
 def _blocks(layout: KernelLayout) -> BlockLayout:
     return layout.layout if isinstance(layout, OrderedLayout) else layout
-
-
-def _factor(layout: KernelLayout) -> float:
-    return 1.0 if layout.is_full else layout.predicted_speedup()  # a full layout goes to the model's own attention
 
 
 def _bytes(layouts: dict[int, KernelLayout]) -> int:
