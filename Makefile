@@ -35,10 +35,11 @@ run: $(STAMP) ## compare dense with accelerated models on the tiny models, into 
 demo: $(STAMP) ## open the demo on http://127.0.0.1:7860 (ARGS="--model ... --port ..."; mmeff demo --help)
 	@$(BIN)/mmeff demo $(ARGS)
 
-# Tests run in one process per core, at most four: a file at a time, so that what a file loads is loaded once. The Triton
+# Tests run in one process per core, at most four: a file at a time, so that what a file loads is loaded once, in their order, as
+# the files with few tests are the long ones, which no process should be left alone with at the end. The Triton
 # kernels run in Triton's interpreter, which is a mode of a whole process, and therefore by themselves.
 PYTEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest
-JOBS   := -n auto --maxprocesses 4 --dist loadfile
+JOBS   := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 test: $(STAMP) ## run the tests (ARGS="-k layout" for some of them)
 ifdef ARGS

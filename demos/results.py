@@ -27,6 +27,7 @@ TITLES = {
     "backbones": "Vision backbones: speed and memory",
     "digits": "Backbones learning digits",
     "roofline": "What the processor could do at most",
+    "h200": "Everything on an NVIDIA H200",
 }
 UNRECORDED = "machine not recorded: only answers and counts, which do not depend on it"
 

@@ -16,6 +16,7 @@ from . import setting as at
 from .setting import Setting
 
 Status = Literal["measured", "skipped", "failed", "wrong"]
+JUDGED: tuple[Status, ...] = ("measured", "wrong")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,11 +70,11 @@ class File:
         self._clocks: tuple[float, dict[str, str]] | None = None
 
     def latest(self, part: str | None = None) -> list[Row]:
-        """The last row of every task, where one was measured the last of those; of all parts or of one."""
+        """The last row of every task that was measured or found wrong, else its last one; of all parts or of one."""
         found: dict[tuple[str, str], Row] = {}
         for row in self.rows:
             before = found.get((row.part, row.name))
-            if before is None or row.status == "measured" or before.status != "measured":
+            if before is None or row.status in JUDGED or before.status not in JUDGED:
                 found[row.part, row.name] = row
         return [row for row in found.values() if part in (None, row.part)]
 

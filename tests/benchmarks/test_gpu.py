@@ -334,6 +334,15 @@ def test_what_goes_wrong_is_a_row_and_the_run_goes_on(real, error, status, reaso
     assert real.held("kernels", "bad") is None, "it is tried again"
 
 
+def test_what_was_found_wrong_later_is_not_hidden_by_an_older_measurement(real):
+    for status in ("measured", "wrong", "skipped"):
+        real.add("kernels", "a", status, took=1.0, reason=None if status == "measured" else "why")
+    assert [row.status for row in real.latest()] == ["wrong"]
+    assert real.held("kernels", "a") is None, "it is tried again"
+    real.add("kernels", "a", "measured", took=1.0)
+    assert [row.status for row in real.latest()] == ["measured"]
+
+
 def test_a_red_gate_ends_the_run_once_all_is_judged(real):
     red = task("red", raising(GateFailed("red gate: wrong")))
     outcome = run([part(red, task("green"), name="gate", judges=True), part(task("never"))], real)
