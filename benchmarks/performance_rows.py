@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from .gpu.rows import Row
+from .gpu.rows import Row, latest
 from .prefill import Row as Prefill
 from .prefill import latest as latest_prefill
 from .results import Row as Timed
@@ -68,17 +68,6 @@ def by_machine(rows: Rows) -> list[Machine]:
     for timed in latest_timed(list(rows.cpu)):
         of(timed.hardware).cpu.append(timed)
     return sorted(found.values(), key=lambda machine: machine.is_gpu)
-
-
-def latest(rows: Iterable[Row]) -> list[Row]:
-    """The row of every task on every machine that counts: the last that was measured or wrong, else the last."""
-    found: dict[tuple[str, str, str], Row] = {}
-    final = ("measured", "wrong")
-    for row in rows:
-        key = (row.hardware, row.part, row.name)
-        if key not in found or row.status in final or found[key].status not in final:
-            found[key] = row
-    return list(found.values())
 
 
 # ---------------------------------------------------------------- predictions

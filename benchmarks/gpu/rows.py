@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -61,6 +62,16 @@ def read(path: Path) -> list[Row]:
     return rows
 
 
+def latest(rows: Iterable[Row]) -> list[Row]:
+    """The row of every task on every machine that counts: the last that was measured or found wrong, else the last."""
+    found: dict[tuple[str, str, str], Row] = {}
+    for row in rows:
+        key = (row.hardware, row.part, row.name)
+        if key not in found or row.status in JUDGED or found[key].status not in JUDGED:
+            found[key] = row
+    return list(found.values())
+
+
 class File:
     """The rows of this machine, and new ones. In a smoke run they are kept in memory alone."""
 
@@ -70,13 +81,8 @@ class File:
         self._clocks: tuple[float, dict[str, str]] | None = None
 
     def latest(self, part: str | None = None) -> list[Row]:
-        """The last row of every task that was measured or found wrong, else its last one; of all parts or of one."""
-        found: dict[tuple[str, str], Row] = {}
-        for row in self.rows:
-            before = found.get((row.part, row.name))
-            if before is None or row.status in JUDGED or before.status not in JUDGED:
-                found[row.part, row.name] = row
-        return [row for row in found.values() if part in (None, row.part)]
+        """As the function `latest`; of all parts or of one."""
+        return [row for row in latest(self.rows) if part in (None, row.part)]
 
     def held(self, part: str, name: str) -> Row | None:
         """The measured row of a task. Those of the gate hold for the code that they judged, which must be committed."""
