@@ -39,15 +39,16 @@ demo: $(STAMP) ## open the demo on http://127.0.0.1:7860 (ARGS="--model ... --po
 # the files with few tests are the long ones, which no process should be left alone with at the end. The Triton
 # kernels run in Triton's interpreter, which is a mode of a whole process, and therefore by themselves.
 PYTEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest
-JOBS   := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+JOBS   := -n auto --maxprocesses 4
+FILES  := --dist loadfile --no-loadscope-reorder
 
 test: $(STAMP) ## run the tests (ARGS="-k layout" for some of them)
 ifdef ARGS
 	@$(PYTEST) $(ARGS)
 else
-	@failed=0; $(PYTEST) $(JOBS) || failed=1; \
+	@failed=0; $(PYTEST) $(JOBS) $(FILES) || failed=1; \
 	echo; echo "The Triton kernels, in Triton's interpreter:"; \
-	TRITON_INTERPRET=1 $(PYTEST) $(JOBS) -q -m interpreter -p no:cacheprovider tests/kernels || failed=1; exit $$failed
+	TRITON_INTERPRET=1 $(PYTEST) $(JOBS) --dist worksteal -q -m interpreter -p no:cacheprovider tests/kernels || failed=1; exit $$failed
 endif
 
 lint: $(STAMP) ## check style, types and the direction of imports

@@ -8,7 +8,7 @@ from pathlib import Path
 from mmeff.evaluation.pictures import COLOURS, INK, PAPER, RULE
 
 from . import plots
-from .backbones import ANCHORS, PLAIN, Row, Side
+from .backbones import ANCHORS, PLAIN, Row, Side, names
 
 COLUMNS = (
     "model", "parameters, M", "ms", "images/s", "memory, MiB", "Swin's time over ours", "ConvNeXt's", "its plain form's",
@@ -16,15 +16,18 @@ COLUMNS = (
 CANNOT_TELL = """\
 What these tables cannot tell: how good a model is (weights are random); anything about a GPU; training. A ratio is the median of
 paired rounds, with the 20th and the 80th percentile; above 1 the model of the row is faster. Swin and ConvNeXt are those of timm
-with the nearest number of parameters, Swin with windows of 7 at every size. An exclamation mark says that a bar is missed."""
+with the nearest number of parameters, Swin with windows of 7 at every size. Large models have one or two rounds. An exclamation mark says that a bar is missed."""
 
 
 def by_size(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    """The rows under a heading per size, batch and machine, in their order."""
+    """The rows under a heading per size, batch and machine; in it by family, as the full suite has them."""
+    order = {name: place for place, name in enumerate(names())}
     found: dict[str, list[Row]] = {}
     for row in rows:
         batch = "" if row.batch == 1 else f", {row.batch} at once"
         found.setdefault(f"{row.height} x {row.width}{batch}; {row.hardware}", []).append(row)
+    for of_size in found.values():
+        of_size.sort(key=lambda row: order.get(row.model, len(order)))
     return found
 
 
