@@ -204,7 +204,9 @@ def train_tiny_vlm(
     ] = None,
     see_steps: Annotated[int | None, typer.Option(help="Steps of stage 1, the vision tower.")] = None,
     read_steps: Annotated[int | None, typer.Option(help="Steps of stage 2, the language model.")] = None,
-    join_steps: Annotated[int | None, typer.Option(help="Steps of stage 3, everything.")] = None,
+    join_steps: Annotated[
+        int | None, typer.Option(help="Steps of stage 3, everything.  [default: 1300, with --tower 2600]")
+    ] = None,
     seed: Seed = 1,
 ) -> None:
     """Train the tiny LLaVA model, run its acceptance gate, write the model folder with its card."""
@@ -216,7 +218,8 @@ def train_tiny_vlm(
     from mmeff.tiny.export import export_vlm
 
     budget: dict[str, Any] = {"see_steps": see_steps, "read_steps": read_steps, "join_steps": join_steps}
-    recipe = replace(train_vlm.VlmRecipe(seed=seed, tower=tower), **{k: v for k, v in budget.items() if v is not None})
+    own = {"tower": tower, "join_steps": train_vlm.TOWER_JOIN_STEPS} if tower else {}
+    recipe = replace(train_vlm.VlmRecipe(seed=seed), **{**own, **{k: v for k, v in budget.items() if v is not None}})
     suffix = f"-{tower}" if tower else ""
     out = out or Path(f"runs/tiny-vlm{suffix}")
     net = train_vlm.train(recipe, work or Path(f"runs/train-tiny-vlm{suffix}"), progress=_print_step)

@@ -32,6 +32,11 @@ FIRST = 1 + vlm_model.VISUAL  # position of a question's first token
 EOS, PAD = vlm_model.SPECIAL.index("</s>"), vlm_model.SPECIAL.index("<pad>")
 
 
+TOWER_JOIN_STEPS = (
+    2600  # of stage 3 behind a backbone, whose tokens the language model learns to read later than CLIP's
+)
+
+
 @dataclass(frozen=True, kw_only=True)
 class VlmRecipe:
     """Everything that decides the weights."""

@@ -281,8 +281,26 @@ def test_the_command_names_folders_after_the_tower(monkeypatch, tmp_path):
     monkeypatch.setattr(gates, "vlm_gate", lambda out, say: {"passed": True})
     monkeypatch.setattr(gates, "seal_vlm", lambda *a: asked.update(sealed="clip"))
     monkeypatch.setattr(gates_tower, "seal_tower", lambda *a: asked.update(sealed="tower"))
-    for args, suffix, sealed in ((["--tower", "nat_mini"], "-nat_mini", "tower"), ([], "", "clip")):
-        result = CliRunner().invoke(cli_train.train_app, ["tiny-vlm", "--join-steps", "3", *args])
+    few = ["--join-steps", "3"]
+    for args, suffix, sealed, steps in (
+        (["--tower", "nat_mini", *few], "-nat_mini", "tower", 3), (few, "", "clip", 3),
+        (["--tower", "nat_mini"], "-nat_mini", "tower", 2600), ([], "", "clip", 1300),
+    ):  # fmt: skip
+        result = CliRunner().invoke(cli_train.train_app, ["tiny-vlm", *args])
         assert result.exit_code == 0, result.output
         assert str(asked["out"]) == f"runs/tiny-vlm{suffix}" and str(asked["work"]) == f"runs/train-tiny-vlm{suffix}"
-        assert asked["recipe"].tower == suffix[1:] and asked["recipe"].join_steps == 3 and asked["sealed"] == sealed
+        assert asked["recipe"].tower == suffix[1:] and asked["recipe"].join_steps == steps and asked["sealed"] == sealed
+
+
+def test_positions_are_part_of_the_tokens_and_of_the_weights():
+    args = {"backbone": "nat_mini", "index": 1, "backbone_args": {"depths": [1, 1, 1, 1], "num_heads": [2, 4, 4, 4]}}
+    plain = timm.create_model("vision_tower", **args).eval()
+    placed = timm.create_model("vision_tower", grid=[8, 12], **args).eval()
+    assert placed.load_state_dict(plain.state_dict(), strict=False).missing_keys == ["positions"]
+    picture = torch.randn(1, 3, 64, 96)
+    with torch.inference_mode():
+        assert torch.equal(placed(picture), plain(picture) + placed.positions)
+    with pytest.raises(
+        ValueError, match=r"positions for maps of \(8, 12\) tokens, and pictures of \(64, 64\) pixels make \(8, 8\)"
+    ):
+        placed(torch.randn(1, 3, 64, 64))
