@@ -18,9 +18,8 @@ from torch import Tensor
 from mmeff.kernels import record
 
 from .. import backbones, timing
-from ..backbones import AGREE, PLAIN, Size
+from ..backbones import PLAIN, Size
 from ..cases import Unavailable
-from ..gate import GateFailed
 from .engine import Part, Task
 from .rows import File
 from .setting import Setting
@@ -55,12 +54,8 @@ def measure(name: str, size: Size, batch: int, setting: Setting) -> dict[str, An
     apart = None
     if PLAIN in models:
         few = x[: setting.pick(4, 1)]
-        classes = [models[side].to(device)(few) for side in (name, PLAIN)]
-        apart = float((classes[0] - classes[1]).norm() / classes[1].norm())
-        if not apart <= AGREE:
-            raise GateFailed(
-                f"red gate: {name} at {size} must give the classes of its plain form to {AGREE:g}, got {apart:.3g}"
-            )
+        mine, its = (models[side].to(device)(few) for side in (name, PLAIN))
+        apart = backbones.check_plain(name, models[PLAIN], few, mine, its)
     x = x.to(dtype)
     sides = {side: model.to(device, dtype) for side, model in models.items()}
     with record() as calls:

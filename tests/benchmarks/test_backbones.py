@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 from dataclasses import replace
 
@@ -62,7 +63,7 @@ def test_a_second_run_measures_nothing(ran):
     assert run(batch=1, seconds=0.0)[1] == 2, "no time: nothing is begun"
 
 
-def test_a_model_that_disagrees_with_its_plain_form_is_not_timed(monkeypatch, machine, tmp_path):
+def test_a_model_that_disagrees_with_its_plain_form_is_not_timed(monkeypatch):
     def build(name, size, *, plain=False):
         model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 5))
         with torch.no_grad():
@@ -71,8 +72,30 @@ def test_a_model_that_disagrees_with_its_plain_form_is_not_timed(monkeypatch, ma
         return model
 
     monkeypatch.setattr(backbones, "build", build)
-    with pytest.raises(GateFailed, match="nat_tiny at 8 x 8 must give the classes of its plain form"):
-        backbones.measure("nat_tiny", (8, 8), 1, 1)
+    monkeypatch.setattr(backbones, "_anchor", build)
+    with pytest.raises(GateFailed, match="biformer_tiny at 8 x 8 must give the classes of its plain form"):
+        backbones.measure("biformer_tiny", (8, 8), 1, 1)
+
+
+def test_where_rounding_grows_float64_decides():
+    plain, x = nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 5)), torch.randn(2, 3, 8, 8)
+    with torch.no_grad():
+        exact = copy.deepcopy(plain).double()(x.double())
+        theirs, off = exact * 1.004, {"near": exact * 0.997, "far": exact * 0.995}
+        assert backbones.check_plain("m", plain, x, theirs, theirs) == 0.0
+        assert backbones.check_plain("m", plain, x, off["near"], theirs) == pytest.approx(0.007, abs=1e-4)
+        assert backbones.check_plain("m", plain, x, exact.float(), theirs) > backbones.AGREE
+        with pytest.raises(GateFailed, match=r"0\.005 from float64 where the plain form is 0\.004 from it"):
+            backbones.check_plain("m", plain, x, off["far"], theirs)
+        with pytest.raises(GateFailed):
+            backbones.check_plain("m", plain, x, exact * torch.nan, theirs)
+
+
+def test_peers_of_a_size_are_built_once_and_nat_lends_its_weights():
+    assert backbones._anchor("convnext_tiny", SIZE) is backbones._anchor("convnext_tiny", SIZE)
+    ours = backbones.build("nat_mini", SIZE)
+    assert backbones._plain_form("nat_mini", SIZE, ours).model is ours
+    assert backbones._plain_form("biformer_tiny", SIZE, ours) is not ours
 
 
 def test_what_cannot_run_is_a_row_with_its_reason_and_is_tried_again(monkeypatch, machine, tmp_path):
