@@ -11,10 +11,21 @@ from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar
 
 import torch
-from timm.layers import ClassifierHead, get_device_dtype
+from timm.layers import ClassifierHead
 from timm.models import checkpoint
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
+
+
+def drop_path_rates(last: float, depths: Sequence[int]) -> list[list[float]]:
+    """Rates of stochastic depth by stage: they grow linearly over all blocks, from 0 to `last`."""
+    return [x.tolist() for x in torch.linspace(0, last, sum(depths), device="cpu").split(list(depths))]
+
+
+def made_as(module: nn.Module) -> dict[str, Any]:
+    """Device and dtype of a module, as arguments for a new part of it."""
+    parameter = next(module.parameters())
+    return {"device": parameter.device, "dtype": parameter.dtype}
 
 
 class Stage(nn.Module):
@@ -67,9 +78,8 @@ class StagedBackbone(nn.Module):
         dtype: Any = None,
     ) -> None:
         super().__init__()
-        self.num_classes = num_classes
         self.in_chans = in_chans
-        self.num_features = self.head_hidden_size = widths[-1]
+        self.num_features = widths[-1]
         self.output_fmt = "NHWC" if channels_last else "NCHW"
         self.feature_info = [
             {"num_chs": width, "reduction": reduction * growth**i, "module": f"stages.{i}"}
@@ -78,16 +88,15 @@ class StagedBackbone(nn.Module):
         self.stem = stem
         self.stages = nn.ModuleList(stages)
         self.norm = norm
+        self._make_head(num_classes, global_pool, drop_rate, device=device, dtype=dtype)
+
+    def _make_head(self, num_classes: int, global_pool: str, drop_rate: float, **dd: Any) -> None:
+        self.num_classes = num_classes
         self.head = ClassifierHead(
-            widths[-1],
-            num_classes,
-            pool_type=global_pool,
-            drop_rate=drop_rate,
-            input_fmt=self.output_fmt,
-            device=device,
-            dtype=dtype,
+            self.num_features, num_classes, pool_type=global_pool, drop_rate=drop_rate, input_fmt=self.output_fmt, **dd
         )
-        self.head_hidden_size = self.head.num_features
+        self.head.train(self.training)
+        self.head_hidden_size = self.num_features * self.head.global_pool.feat_mult()
 
     # ---------------------------------------------------------------- forward
 
@@ -160,7 +169,7 @@ class StagedBackbone(nn.Module):
             self.norm = nn.Identity()
         self.stages = self.stages[: last_wanted + 1]
         if shorter:
-            self.num_features = self.head_hidden_size = self.feature_info[last_wanted]["num_chs"]
+            self.num_features = self.feature_info[last_wanted]["num_chs"]
         if prune_head or shorter:
             self.reset_classifier(0, "")
         return list(take)
@@ -172,9 +181,8 @@ class StagedBackbone(nn.Module):
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replace the classifier, 0 for none, and the pooling if one is named."""
-        self.num_classes = num_classes
-        self.head.reset(num_classes, pool_type=global_pool, in_features=self.num_features, **get_device_dtype(self))
-        self.head_hidden_size = self.head.num_features
+        pool = self.head.global_pool.pool_type if global_pool is None else global_pool
+        self._make_head(num_classes, pool, self.head.drop.p, **made_as(self))
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Keep only the inputs of blocks for the backward pass and compute the rest again."""

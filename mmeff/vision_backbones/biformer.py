@@ -21,12 +21,12 @@ from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath, Mlp, calculate_drop_path_rates
+from timm.layers import DropPath, Mlp
 from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
 from mmeff.vision_backbones._routing import RoutingBackend, check_backend, cut, region_attention, route, surround
-from mmeff.vision_backbones._staged import Stage, StagedBackbone, init_weights
+from mmeff.vision_backbones._staged import Stage, StagedBackbone, drop_path_rates, init_weights
 from mmeff.vision_backbones._timm import State, build, cfg, check_keys, register, unwrap
 
 __all__ = [
@@ -274,7 +274,7 @@ class BiFormer(StagedBackbone):
                 f"{topk}."
             )
         dd = {"device": device, "dtype": dtype}
-        drop_paths = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
+        drop_paths = drop_path_rates(drop_path_rate, depths)
 
         def attention(i: int) -> nn.Module:
             picks = topk[i]

@@ -18,11 +18,12 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-from timm.layers import LayerNorm2d, LayerScale2d, get_device_dtype, trunc_normal_
+from timm.layers import LayerNorm2d, LayerScale2d, trunc_normal_
 from timm.models import generate_default_cfgs
 from timm.models.focalnet import Downsample, FocalNet, checkpoint_filter_fn
 from torch import Tensor, nn
 
+from mmeff.vision_backbones._staged import made_as
 from mmeff.vision_backbones._timm import State, build, cfg, check_keys, register, unwrap
 
 __all__ = [
@@ -64,7 +65,7 @@ class FocalNetIso(FocalNet):
             in_chans, num_classes, global_pool, embed_dim, depths, focal_levels=focal_levels, focal_windows=focal_windows,
             norm_layer=norm_layer, **kwargs,
         )  # fmt: skip
-        self.stem = Downsample(in_chans, embed_dim, patch_size, norm_layer=norm_layer, **get_device_dtype(self))
+        self.stem = Downsample(in_chans, embed_dim, patch_size, norm_layer=norm_layer, **made_as(self))
         trunc_normal_(self.stem.proj.weight, std=0.02)
         nn.init.zeros_(self.stem.proj.bias)
         self.feature_info = [{"num_chs": embed_dim, "reduction": patch_size, "module": "layers.0"}]
@@ -84,7 +85,7 @@ class FocalNetIso(FocalNet):
                 before, behind = getattr(block, f"norm{i}"), getattr(block, f"norm{i}_post")
                 setattr(block, f"norm{i}", behind)
                 setattr(block, f"norm{i}_post", before)
-                scale = LayerScale2d(block.dim, LAYER_SCALE, **get_device_dtype(self)) if post else nn.Identity()
+                scale = LayerScale2d(block.dim, LAYER_SCALE, **made_as(self)) if post else nn.Identity()
                 setattr(block, f"ls{i}", scale)
 
 

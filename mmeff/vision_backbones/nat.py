@@ -17,14 +17,14 @@ from collections.abc import Sequence
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
-from timm.layers import DropPath, Mlp, calculate_drop_path_rates
+from timm.layers import DropPath, Mlp
 from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mmeff.kernels import neighborhood_attention
 from mmeff.vision_backbones._nat_keys import filter_of
-from mmeff.vision_backbones._staged import Stage, StagedBackbone, init_weights
+from mmeff.vision_backbones._staged import Stage, StagedBackbone, drop_path_rates, init_weights
 from mmeff.vision_backbones._timm import build, cfg, register
 
 __all__ = [
@@ -222,7 +222,7 @@ class NAT(StagedBackbone):
         per_layer = self._dilations(dilations, depths)
         if len(num_heads) != len(depths):
             raise ValueError(f"num_heads must have one entry per stage, got {num_heads} for depths {depths}.")
-        drop_paths = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
+        drop_paths = drop_path_rates(drop_path_rate, depths)
         widths = [embed_dim * 2**i for i in range(len(depths))]
         stages = []
         for i, (width, heads) in enumerate(zip(widths, num_heads, strict=True)):

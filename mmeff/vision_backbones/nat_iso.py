@@ -14,14 +14,14 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from timm.layers import calculate_drop_path_rates, to_2tuple
+from timm.layers import to_2tuple
 from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mmeff.kernels import neighborhood_attention
 from mmeff.vision_backbones._nat_keys import filter_of, from_official
-from mmeff.vision_backbones._staged import Stage, StagedBackbone, init_weights
+from mmeff.vision_backbones._staged import Stage, StagedBackbone, drop_path_rates, init_weights
 from mmeff.vision_backbones._timm import State, build, cfg, register, unwrap
 from mmeff.vision_backbones.dinat_s import PatchTokenizer
 from mmeff.vision_backbones.nat import NATBlock, NeighborhoodAttention2d, SmallInput
@@ -113,7 +113,7 @@ class _Isotropic(StagedBackbone):
         dtype: Any = None,
     ) -> None:
         dd = {"device": device, "dtype": dtype}
-        drop_paths = calculate_drop_path_rates(drop_path_rate, depth)
+        drop_paths = drop_path_rates(drop_path_rate, [depth])[0]
         options = {"qkv_bias": qkv_bias, "proj_drop": proj_drop_rate, "backend": backend, **dd}
         blocks = [
             NATBlock(

@@ -269,8 +269,10 @@ def test_head(name: str) -> None:
     torch.testing.assert_close(model(x), in_nchw(model, final).amax((2, 3)))
     model.reset_classifier(0, "")
     torch.testing.assert_close(model(x), final, rtol=0, atol=0)
+    model.reset_classifier(4, "catavgmax")
+    assert model(x).shape == (2, 4) and model.head_hidden_size == 2 * model.num_features
     model.reset_classifier(5, "avg")
-    assert model(x).shape == (2, 5)
+    assert model(x).shape == (2, 5) and model.head_hidden_size == model.num_features
 
 
 # ---------------------------------------------------------------- training tools
