@@ -9,6 +9,7 @@ Only what stands between `<!-- NAME:begin -->` and `<!-- NAME:end -->` is touche
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,8 +23,13 @@ from make_tables import put_between, table  # noqa: E402
 
 import mmeff.vision_backbones  # noqa: E402
 from benchmarks import backbones, backbones_table, digits, digits_table  # noqa: E402
+from mmeff.tiny import data_folder  # noqa: E402
 
 PAGE = "docs/backbones.md"
+TOWERS = (
+    "tower", "parameters of the VLM", "held-out questions answered", "of each kind, %", "random 25 % of the tokens cost, points",
+    "FastV at 25 %", "gate",
+)  # fmt: skip
 
 
 def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> int:
@@ -33,7 +39,10 @@ def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> int:
     path = root / PAGE
     rows = digits.read(digits.ROWS)
     timed = backbones.latest(backbones.read(backbones.ROWS))
-    tables = {"models": models(), "speed": backbones_table.markdown(timed), "digits": digits_table.markdown(rows)}
+    tables = {
+        "models": models(), "speed": backbones_table.markdown(timed), "digits": digits_table.markdown(rows),
+        "towers": towers(data_folder(), ROOT / "benchmarks" / "results"),
+    }  # fmt: skip
     stale = []
     for name, text in tables.items():
         old = path.read_text()
@@ -62,6 +71,23 @@ def models() -> str:
         said = (timm.model_entrypoint(name).__doc__ or "").split("\n")[0]
         rows.append((f"`{name}`", f"{parameters / 1e6:.2f} M", str(cfg.input_size[-1]), said))
     return table(("name", "parameters, counted", "made for", "official model, as published"), rows)
+
+
+def towers(embedded: Path, results: Path) -> str:
+    """A row per tower of the tiny VLM: CLIP's, which is embedded, and the backbones whose gate.json lies among the results."""
+    gates = {"CLIP, 4 layers (the embedded model)": embedded / "tiny-vlm" / "gate.json"}
+    gates |= {f"`{path.stem.removeprefix('tower-')}`": path for path in sorted(results.glob("tower-*.json"))}
+    rows = []
+    for name, path in gates.items():
+        gate = json.loads(path.read_text())
+        held, costs, least = gate["held_out"], gate["costs"], gate["thresholds"]
+        rows.append((
+            name, f"{gate['parameters'] / 1e6:.2f} M", f"{100 * held['exact_match']:.1f} % of {held['questions']}",
+            ", ".join(f"{kind} {100 * share:.0f}" for kind, share in held["kinds"].items()),
+            f"{100 * costs['random_cost']:.1f}", f"{100 * costs['fastv_cost']:.1f}",
+            "passed" if gate["passed"] else f"missed (>= {100 * least['exact_match']:.0f} %, and what pruning costs)",
+        ))  # fmt: skip
+    return table(TOWERS, rows)
 
 
 if __name__ == "__main__":
