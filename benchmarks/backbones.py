@@ -325,7 +325,7 @@ def check_plain(name: str, plain: nn.Module, x: Tensor, ours: Tensor, theirs: Te
     """Compare a model's classes with those of its plain form, in float32.
 
     A deep model of random weights can magnify rounding past AGREE. What counts then is float64: ours must not be farther from it
-    than the plain form is, or than AGREE.
+    than twice what the plain form is, since rounding in another order is another draw of the same size.
 
     Returns: how far they are apart, of their norm. Raises: GateFailed.
     """
@@ -338,7 +338,7 @@ def check_plain(name: str, plain: nn.Module, x: Tensor, ours: Tensor, theirs: Te
         return error
     exact = copy.deepcopy(plain).double()(x.double())
     mine, its = apart(ours, exact), apart(theirs, exact)
-    if not mine <= max(AGREE, its):
+    if not mine <= max(AGREE, 2 * its):
         raise GateFailed(
             f"red gate: {name} at {x.shape[2]} x {x.shape[3]} must give the classes of its plain form to {AGREE:g} of their norm, or "
             f"come as close to float64; got {error:.3g}, and {mine:.3g} from float64 where the plain form is {its:.3g} from it. Nothing "

@@ -111,8 +111,9 @@ def draw(rows: Sequence[Row], path: Path, side: int = 512) -> None:
         ax.axvline(1, color=INK, linewidth=1.1, linestyle=(0, (5, 3)), zorder=1)
         for y, (row, middle, low, high) in enumerate(ordered):
             colour = COLOURS[families.index(row.model.partition("_")[0]) % len(COLOURS)]
+            # a single round is its own spread, but for rounding
             ax.errorbar(
-                middle, y, xerr=[[middle - low], [high - middle]], color=colour, marker="o", markersize=6.5, elinewidth=1,
+                middle, y, xerr=[[max(0.0, middle - low)], [max(0.0, high - middle)]], color=colour, marker="o", markersize=6.5, elinewidth=1,
                 capsize=2.5, markeredgecolor=PAPER, markeredgewidth=0.6, zorder=3,
             )  # fmt: skip
             plain = row.peer(PLAIN)

@@ -81,11 +81,11 @@ def test_where_rounding_grows_float64_decides():
     plain, x = nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 5)), torch.randn(2, 3, 8, 8)
     with torch.no_grad():
         exact = copy.deepcopy(plain).double()(x.double())
-        theirs, off = exact * 1.004, {"near": exact * 0.997, "far": exact * 0.995}
+        theirs, off = exact * 1.004, {"near": exact * 0.997, "far": exact * 0.991}
         assert backbones.check_plain("m", plain, x, theirs, theirs) == 0.0
         assert backbones.check_plain("m", plain, x, off["near"], theirs) == pytest.approx(0.007, abs=1e-4)
         assert backbones.check_plain("m", plain, x, exact.float(), theirs) > backbones.AGREE
-        with pytest.raises(GateFailed, match=r"0\.005 from float64 where the plain form is 0\.004 from it"):
+        with pytest.raises(GateFailed, match=r"0\.009 from float64 where the plain form is 0\.004 from it"):
             backbones.check_plain("m", plain, x, off["far"], theirs)
         with pytest.raises(GateFailed):
             backbones.check_plain("m", plain, x, exact * torch.nan, theirs)
