@@ -39,18 +39,24 @@ def cells(row: Row) -> list[str]:
     start = [
         row.model,
         f"{row.ours.parameters / 1e6:.1f}",
-        f"{'~' if row.disturbed else ''}{seconds['p50'] * 1e3:.0f} ({seconds['p20'] * 1e3:.0f} to {seconds['p80'] * 1e3:.0f})",
+        ("~" if row.disturbed else "") + _with_range({p: 1e3 * x for p, x in seconds.items()}, ".0f"),
         f"{row.batch / seconds['p50']:.2f}",
         "" if row.ours.memory is None else f"{row.ours.memory / 2**20:.0f}",
     ]
     return start + [_ratio(row, row.peer(name)) for name in (*ANCHORS, PLAIN)]
 
 
+def _with_range(values: dict[str, float], form: str) -> str:
+    """A median with its percentiles, of which a single round has none."""
+    middle, low, high = (format(values[p], form) for p in ("p50", "p20", "p80"))
+    return middle if values["p20"] == values["p80"] else f"{middle} ({low} to {high})"
+
+
 def _ratio(row: Row, peer: Side | None) -> str:
     if peer is None or peer.ratio is None:
         return ""
     bar = row.missed(peer)
-    text = f"{peer.ratio['p50']:.2f} ({peer.ratio['p20']:.2f} to {peer.ratio['p80']:.2f})"
+    text = _with_range(peer.ratio, ".2f")
     return text if bar is None else f"{text} ! below {bar:.2f}"
 
 

@@ -223,6 +223,19 @@ def test_a_disturbed_row_says_so():
     assert "A tilde" in backbones_table.markdown([busy]) and "A tilde" not in backbones_table.markdown([calm])
 
 
+def test_a_single_round_has_no_range_and_is_drawn(tmp_path):
+    once = {"p20": 0.7, "p50": 0.7, "p80": 0.7}
+    alone = replace(
+        row("nat_tiny"),
+        ours=replace(side("nat_tiny"), seconds=once),
+        peers=(replace(side("swin_tiny", 1.0), ratio=once),),
+    )
+    found = backbones_table.cells(alone)
+    assert found[2] == "700" and found[5] == "0.70 ! below 0.77"
+    backbones_table.draw([alone], tmp_path / "one.png")  # 1 / 0.7 comes out a hair off itself
+    assert (tmp_path / "one.png").stat().st_size > 5000
+
+
 def test_time_relative_to_the_smallest_swin_goes_through_the_swin_of_the_class():
     rows = [
         row("swin_tiny"), row("swin_small", ("swin_tiny", 0.5)), row("nat_tiny", ("swin_tiny", 2.0)),
