@@ -164,7 +164,7 @@ def test_rows_of_a_gpu_are_figures_with_their_machine(tmp_path, gpu_rows):
     found = of(tmp_path, [*gpu_rows, gpu_row("backbones", "biformer_tiny | 224 x 224 | batch 128", figures=biformer)])
     assert {f.hardware for f in found.figures} == {"NVIDIA H200"} and {f.device for f in found.figures} == {"cuda"}
     assert all("torch" in f.versions and f.commit == "c0ffee" and f.date for f in found.figures)
-    assert found.topics == [("h200", "h200")]
+    assert found.topics == [("Everything on an NVIDIA H200", "h200")]
     metrics = set(found.choices("metric", kind="measured"))
     assert metrics >= {
         "error, share of what is allowed", "runs with the same bits", "gain over the table of tiles", "ceiling, Tbytes/s",
