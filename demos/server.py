@@ -30,11 +30,6 @@ class Server:
         if warm:
             self._warming.start()
 
-    @property
-    def loading(self) -> bool:
-        """Whether libraries and models are still being loaded in the background; a closed server stops before the next model."""
-        return self._warming.is_alive()
-
     def wait(self) -> None:
         """Serve until the process is interrupted."""
         self.app.block_thread()

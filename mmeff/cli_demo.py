@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import os
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -73,11 +72,6 @@ def demo(
         server.wait()
     finally:
         server.close()
-    if server.loading:
-        # Python may hang where it ends beside a thread that is importing libraries, and what they load is nothing to save.
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(0)
 
 
 def load_demos() -> Any:

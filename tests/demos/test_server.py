@@ -270,7 +270,7 @@ def test_a_server_that_is_closed_loads_no_further_model(tmp_path):
 
     app = SimpleNamespace(close=lambda verbose: None)
     running = Server(app, service, "", None, str(tmp_path / "uploads"), warm=True)
-    assert begun.wait(60) and running.loading
+    assert begun.wait(60)
     running.close()
     running._warming.join(20)
-    assert loaded == ["a"] and not running.loading
+    assert loaded == ["a"] and not running._warming.is_alive()
