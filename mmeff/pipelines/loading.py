@@ -115,7 +115,8 @@ def check_honoured(pipeline: Any, settings: Mapping[str, Any]) -> None:
         )
     true_scale = inspect.signature(pipeline.__call__).parameters.get("true_cfg_scale")
     if negative is not None and true_scale is not None:
-        scale = settings.get("true_cfg_scale", true_scale.default)
+        given = settings.get("true_cfg_scale")
+        scale = true_scale.default if given is None else given
         if scale <= 1:
             raise ValueError(
                 f"{who} reads a negative prompt only with true_cfg_scale > 1, and it is {scale}; leave negative_prompt out, or "

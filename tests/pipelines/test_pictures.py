@@ -35,6 +35,10 @@ def test_what_a_distilled_model_would_ignore_is_refused_before_anything_runs(mon
             generator.generate("a red ring", guidance_scale=3.0)
         with pytest.raises(ValueError, match=r"only with true_cfg_scale > 1, and it is 1\.0"):
             generator.generate("a red ring", negative_prompt="blue")
+        with pytest.raises(ValueError, match=r"only with true_cfg_scale > 1, and it is 0\.5"):
+            generator.generate("a red ring", negative_prompt="blue", true_cfg_scale=0.5)
+        with pytest.raises(ValueError, match=r"only with true_cfg_scale > 1, and it is 1\.0"):
+            Videos(generator, negative_prompt="blue", true_cfg_scale=None)
         with pytest.raises(ValueError, match="no guidance embedding"):
             VideoGenerator(generator.pipe, defaults={"guidance_scale": 3.0})
         with pytest.raises(ValueError, match="no guidance embedding"):
